@@ -1,0 +1,1 @@
+"""From a few names to one CLIP-type model, whatever its towers are made of."""

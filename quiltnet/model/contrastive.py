@@ -1,0 +1,112 @@
+"""The CLIP face that every model shows, whatever its towers: encode an image, encode a text, scale."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+
+from quiltnet.model.tokenizer import Tokenizer
+
+BatchNormMode = Literal["frozen", "train"]
+
+
+@dataclass
+class Description:
+    """All that rebuilds an untrained model, in open_clip's terms; it travels with the weights.
+
+    ``model_cfg`` (architecture, activation, context length) and ``preprocess_cfg`` (size, mean, std, interpolation,
+    resize_mode) are the two halves of an ``open_clip_config.json``.
+    """
+
+    model_cfg: dict[str, Any]
+    preprocess_cfg: dict[str, Any]
+
+
+class ContrastiveModel(nn.Module):
+    """An open_clip model with the facts it needs to be used rightly: image transform, tokeniser, normalisation.
+
+    Features are normalised in float32 whatever the towers computed in: under bfloat16 autocast open_clip's own
+    ``normalize=True`` returns vectors whose length errs by 0.0025.
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        description: Description,
+        tokenize: Tokenizer,
+        batchnorm: BatchNormMode = "frozen",
+    ) -> None:
+        super().__init__()
+        self.clip = clip
+        self.description = description
+        self.tokenize = tokenize
+        self.batchnorm = batchnorm
+        preprocessing = PreprocessCfg(**description.preprocess_cfg)
+        self.transform = image_transform_v2(preprocessing, is_train=False)
+        # Not in the state dict: the description is their one home.
+        self.register_buffer("_mean", torch.tensor(preprocessing.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(preprocessing.std).view(3, 1, 1), persistent=False)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input, in pixels."""
+        return self.description.preprocess_cfg["size"]
+
+    @property
+    def interpolation(self) -> str:
+        return self.description.preprocess_cfg["interpolation"]
+
+    @property
+    def device(self) -> torch.device:
+        return self.clip.logit_scale.device
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """``()``: the factor of the cosine similarities."""
+        return self.clip.logit_scale.exp()
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``image_features (B, D)``, ``text_features (B, D)``, ``logit_scale ()``: what a contrastive loss takes."""
+        return self.encode_image(image), self.encode_text(text), self.logit_scale
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """image: ``(B, 3, H, W)``, floats from ``transform`` or raw uint8, which is normalised here -> ``(B, D)``."""
+        if image.dtype == torch.uint8:
+            # torchvision's ToTensor and Normalize, operation for operation, so that both roads give the same bits.
+            image = image.float().div(255).sub(self._mean).div(self._std)
+        return F.normalize(self.clip.encode_image(image).float(), dim=-1)
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """text: ``(B, L)`` int64 from ``tokenize`` -> ``(B, D)``."""
+        return F.normalize(self.clip.encode_text(text).float(), dim=-1)
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """At most 100: Radford et al. 2021 (sec. 2.5) found the bound necessary against instability.
+
+        Called after the optimiser's step, not in forward, where a clamp would zero the gradient at the bound.
+        """
+        self.clip.logit_scale.clamp_(min=0, max=math.log(100))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the towers ask not to decay, beside vectors and scalars."""
+        inner = self.clip.no_weight_decay() if hasattr(self.clip, "no_weight_decay") else set()
+        return {f"clip.{name}" for name in inner}
+
+    def train(self, mode: bool = True) -> ContrastiveModel:
+        """Training mode, except that BatchNorm keeps its pretrained statistics unless ``batchnorm="train"``.
+
+        Batch statistics differ from rank to rank and from batch to batch, so with them W ranks no longer equal one.
+        """
+        super().train(mode)
+        if self.batchnorm == "frozen":
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
