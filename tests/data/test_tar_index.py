@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from quiltnet.data.tar_index import TarIndex
+
+
+def write_tar(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def everything(index: TarIndex) -> list[tuple[str, dict[str, bytes]]]:
+    return [(key, index.read(i, index.members(i))) for i, key in enumerate(index.keys)]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_reads_what_was_written(tmp_path, format):
+    rng = random.Random(0)
+    samples = {f"k{n}": {"jpg": rng.randbytes(rng.randrange(2000)), "json": rng.randbytes(3)} for n in range(20)}
+    members = {f"{key}.{ext}": data for key, sample in samples.items() for ext, data in sample.items()}
+    index = TarIndex(write_tar(tmp_path / "a.tar", members, format))
+    assert everything(index) == list(samples.items())
+    assert not index.is_truncated
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_and_foreign_names(tmp_path, format):
+    long = "folder/" * 20 + "x" * 150
+    index = TarIndex(write_tar(tmp_path / "a.tar", {f"{long}.jpg": b"1", "gewebe-\u00e4\u7d44.jpg": b"2"}, format))
+    assert everything(index) == [(long, {"jpg": b"1"}), ("gewebe-\u00e4\u7d44", {"jpg": b"2"})]
+
+
+def test_samples_are_grouped_as_webdataset_groups_them(tmp_path):
+    members = {
+        "v1.0/a.JPG": b"1",
+        "v1.0/a.seg.png": b"2",
+        "a.txt": b"3",
+        "v1.0/a.txt": b"4",
+        "README": b"5",
+        "._v.jpg": b"6",
+        "b.jpg": b"7",
+    }
+    index = TarIndex(write_tar(tmp_path / "a.tar", members))
+    assert everything(index) == [
+        ("v1.0/a", {"jpg": b"1", "seg.png": b"2"}),
+        ("a", {"txt": b"3"}),
+        ("v1.0/a", {"txt": b"4"}),
+        ("b", {"jpg": b"7"}),
+    ]
+
+
+def test_a_repeated_member_begins_a_new_sample(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for data in (b"1", b"2"):
+            for extension in ("jpg", "txt"):
+                info = tarfile.TarInfo(f"same.{extension}")
+                info.size = 1
+                tar.addfile(info, io.BytesIO(data))
+    assert everything(TarIndex(path)) == [("same", {"jpg": d, "txt": d}) for d in (b"1", b"2")]
+
+
+def test_only_files_count(tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, kind in (
+            ("d.jpg", tarfile.DIRTYPE),
+            ("c.jpg", tarfile.CHRTYPE),
+            ("f.jpg", tarfile.FIFOTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            tar.addfile(info)
+        for name, kind in (("s.txt", tarfile.SYMTYPE), ("h.txt", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, str(tmp_path / "secret.txt")
+            tar.addfile(info)
+        info = tarfile.TarInfo("../../escape.txt")
+        info.size = 2
+        tar.addfile(info, io.BytesIO(b"ok"))
+    # A name that leads out of the folder is a key like any other: nothing is ever opened by it.
+    assert everything(TarIndex(path)) == [("../../escape", {"txt": b"ok"})]
+
+
+def test_only_wanted_members_are_read(tmp_path):
+    index = TarIndex(write_tar(tmp_path / "a.tar", {"a.jpg": b"1", "a.npy": b"2", "a.txt": b"3"}))
+    assert index.members(0) == ["jpg", "npy", "txt"]
+    assert index.read(0, {"txt", "jpg"}) == {"jpg": b"1", "txt": b"3"}
+
+
+def test_empty_tars(tmp_path):
+    assert len(TarIndex(write_tar(tmp_path / "a.tar", {}))) == 0
+    (tmp_path / "nothing.tar").write_bytes(b"")
+    (tmp_path / "text.tar").write_bytes(b"not a tar" * 200)
+    for name in ("nothing.tar", "text.tar"):
+        with pytest.raises(tarfile.ReadError):
+            TarIndex(tmp_path / name)
+
+
+def test_every_cut_is_noticed(tmp_path):
+    samples = {f"k{n}": {"jpg": bytes([n]) * 700, "json": b"{}"} for n in range(3)}
+    members = {f"{key}.{ext}": data for key, sample in samples.items() for ext, data in sample.items()}
+    whole = write_tar(tmp_path / "a.tar", members, tarfile.USTAR_FORMAT).read_bytes()
+    sample_bytes = 512 + 1024 + 512 + 512
+    for size in range(1, 3 * sample_bytes, 100):
+        path = tmp_path / "cut.tar"
+        path.write_bytes(whole[:size])
+        if size < 512:  # not even one header
+            with pytest.raises(tarfile.ReadError):
+                TarIndex(path)
+            continue
+        index = TarIndex(path)
+        assert index.is_truncated
+        whole_samples = size // sample_bytes
+        assert len(index) in (whole_samples, whole_samples + 1)
+        for n in range(whole_samples):
+            assert index.read(n, {"jpg", "json"}) == samples[f"k{n}"]
+        if len(index) > whole_samples:
+            try:
+                last = index.read(whole_samples, {"jpg", "json"})
+            except EOFError:
+                continue
+            # all that was cut is padding, or the other member
+            assert last.items() <= samples[f"k{whole_samples}"].items()
+
+
+def test_file_that_shrinks_or_grows_stale_comes_back_short(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"a.jpg": b"1" * 5000, "b.jpg": b"2" * 5000})
+    index = TarIndex(path)
+    os.truncate(path, 3000)
+    with pytest.raises(EOFError, match="ends 2512 bytes early"):
+        index.read(0, {"jpg"})
+    with pytest.raises(EOFError):
+        index.read(1, {"jpg"})
+
+
+def test_pickles_small_and_holds_no_file(tmp_path):
+    index = TarIndex(
+        write_tar(tmp_path / "a.tar", {f"{n:08d}.{e}": b"x" for n in range(2000) for e in ("jpg", "json")})
+    )
+    before = len(os.listdir("/proc/self/fd"))
+    again = pickle.loads(pickle.dumps(index))
+    assert again.read(1234, {"jpg"}) == {"jpg": b"x"}
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(pickle.dumps(index)) < 2000 * 80
