@@ -1,0 +1,1 @@
+"""Measuring a model: evaluators that know a model and their data, and yield numbers."""
