@@ -1,0 +1,257 @@
+"""What happens beside training: log, save, evaluate, account for broken samples."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from quiltnet.distributed import all_gather_object, broadcast_object, is_main, mean_over_ranks
+from quiltnet.errors import UserError
+from quiltnet.training.checkpoint import save_checkpoint
+from quiltnet.training.engine import Callback, Pairs, TrainState
+from quiltnet.training.loggers import LoggerGroup, cut_after
+
+# Below this many samples one broken file is no statistic.
+_SAMPLES_BEFORE_JUDGING = 1000
+
+
+class Evaluator(Protocol):
+    def run(self, model: nn.Module) -> Iterator[tuple[str, float]]: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+class LogMetrics(Callback):
+    """Means since the last line, over steps and ranks; the only place where training waits for the device."""
+
+    def __init__(self, logger: LoggerGroup, every_samples: int, samples_per_epoch: int) -> None:
+        self.logger = logger
+        self.every_samples = every_samples
+        self.samples_per_epoch = samples_per_epoch
+
+    def fit_start(self, state: TrainState) -> None:
+        self._begin_window()
+
+    def step_end(self, state: TrainState, batch: Pairs, metrics: dict[str, Tensor]) -> None:
+        self._steps.append(metrics)
+        if state.passed(self.every_samples):
+            self._log(state)
+
+    def fit_end(self, state: TrainState) -> None:
+        if self._steps:
+            self._log(state)
+
+    def _begin_window(self) -> None:
+        self._steps: list[dict[str, Tensor]] = []
+        self._start = time.perf_counter()
+
+    def _log(self, state: TrainState) -> None:  # all ranks
+        device = state.accelerator.device
+        names = sorted(self._steps[0])
+        window = torch.stack([torch.stack([step[name].to(device).float() for name in names]) for step in self._steps])
+        means = dict(zip(names, mean_over_ranks(window.mean(0)).tolist(), strict=True))  # waits for the device
+        elapsed_s = time.perf_counter() - self._start
+        samples = len(self._steps) * state.global_batch_size
+        waited_s = means.pop("data_wait_s") * len(self._steps)
+        line = {f"train/{name}": value for name, value in means.items()}
+        line["train/learning_rate"] = state.optimizer.param_groups[0]["lr"]
+        line["train/samples_per_s"] = samples / elapsed_s
+        line["train/epoch"] = state.samples_seen / self.samples_per_epoch
+        line["data/wait_share"] = waited_s / elapsed_s
+        self.logger.log(line, state.samples_seen)
+        self._begin_window()
+
+
+class Quarantine(Callback):
+    """Counts broken samples by reason, lists their keys, and ends the run when they are too many.
+
+    Args:
+        every_samples: clocks at which to write down what was found; the checkpoint's must be among them, or a resumed
+            run would forget what lay in between.
+        max_fraction: of the samples seen; judged against 1,000 samples at least.
+        missing: number of samples that the manifest promised and a shard lacks, by shard.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        logger: LoggerGroup,
+        *,
+        every_samples: Sequence[int],
+        max_fraction: float,
+        missing: Mapping[str, int] | None = None,
+    ) -> None:
+        self.path = path
+        self.logger = logger
+        self.every_samples = every_samples
+        self.max_fraction = max_fraction
+        self.missing = dict(missing or {})
+        self.counts: Counter[str] = Counter()
+        self._pending: list[tuple[str, str]] = []
+
+    def fit_start(self, state: TrainState) -> None:
+        if state.samples_seen and is_main():
+            cut_after(self.path, state.samples_seen)
+        self.counts = broadcast_object(self._recount())
+        if not state.samples_seen:
+            self._write([(shard, "truncated_tar", count) for shard, count in self.missing.items()], samples_seen=0)
+
+    def step_end(self, state: TrainState, batch: Pairs, metrics: dict[str, Tensor]) -> None:
+        self._pending += batch.rejected
+        if any(state.passed(every) for every in self.every_samples):
+            self._flush(state)
+
+    def fit_end(self, state: TrainState) -> None:
+        self._flush(state)
+
+    def _flush(self, state: TrainState) -> None:  # all ranks
+        found = [(key, reason, 1) for of_rank in all_gather_object(self._pending) for key, reason in of_rank]
+        self._pending = []
+        self._write(found, state.samples_seen)
+        if not self.counts:
+            return
+        self.logger.log({f"data/rejected_{reason}": n for reason, n in sorted(self.counts.items())}, state.samples_seen)
+        bad = sum(self.counts.values()) - sum(self.missing.values())
+        if bad > self.max_fraction * max(state.samples_seen, _SAMPLES_BEFORE_JUDGING):
+            raise UserError(
+                f"{bad} of {state.samples_seen} samples were broken ({dict(self.counts)}), more than "
+                f"max_bad_fraction={self.max_fraction}; their keys are in {self.path}"
+            )
+
+    def _write(self, found: Sequence[tuple[str, str, int]], samples_seen: int) -> None:
+        for _, reason, count in found:
+            self.counts[reason] += count
+        if not found or not is_main():
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            for key, reason, count in found:
+                row = {"samples_seen": samples_seen, "key": key, "reason": reason, "samples": count}
+                file.write(json.dumps(row) + "\n")
+
+    def _recount(self) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        if is_main() and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                counts[row["reason"]] += row["samples"]
+        return counts
+
+
+class SaveCheckpoint(Callback):
+    """A checkpoint every so many samples and at the end; the newest ``keep`` stay."""
+
+    def __init__(self, root: Path, every_samples: int, keep: int = 2) -> None:
+        self.root = root
+        self.every_samples = every_samples
+        self.keep = keep
+        self._saved_at = -1
+
+    def step_end(self, state: TrainState, batch: Pairs, metrics: dict[str, Tensor]) -> None:
+        if state.passed(self.every_samples):
+            self._save(state)
+
+    def fit_end(self, state: TrainState) -> None:
+        if self._saved_at != state.samples_seen:
+            self._save(state)
+
+    def _save(self, state: TrainState) -> None:  # all ranks
+        saved = state.state_dict()
+        if is_main():
+            save_checkpoint(self.root, saved, keep=self.keep)
+        self._saved_at = state.samples_seen
+
+
+class Evaluate(Callback):
+    """Runs every evaluator before the first step, every so many samples, and at the end.
+
+    Metric names are ``evaluator/metric``. ``results.json`` keeps the first and the newest numbers side by side, with
+    what each evaluator says of its data.
+    """
+
+    def __init__(
+        self,
+        evaluators: Mapping[str, Evaluator],
+        logger: LoggerGroup,
+        *,
+        every_samples: int | None,
+        results: Path,
+        monitor: str | None = None,
+    ) -> None:
+        self.evaluators = dict(evaluators)
+        self.logger = logger
+        self.every_samples = every_samples
+        self.results = results
+        self.monitor = monitor
+        self.start: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        self._evaluated_at = -1
+
+    def fit_start(self, state: TrainState) -> None:
+        if state.samples_seen == 0:
+            self._evaluate(state)
+            return
+        # Only rank 0 may see the run directory; all ranks must take the same branch.
+        kept = broadcast_object(_read_json(self.results) if is_main() else {})
+        self.start, self.last = kept.get("start", {}), kept.get("last", {})
+
+    def step_end(self, state: TrainState, batch: Pairs, metrics: dict[str, Tensor]) -> None:
+        if self.every_samples is not None and state.passed(self.every_samples):
+            self._evaluate(state)
+
+    def fit_end(self, state: TrainState) -> None:
+        if self._evaluated_at != state.samples_seen:
+            self._evaluate(state)
+
+    def _evaluate(self, state: TrainState) -> None:  # all ranks
+        if not self.evaluators:
+            return
+        numbers = evaluate(state.unwrapped, self.evaluators)
+        if self.monitor is not None and self.monitor not in numbers:
+            raise UserError(f"monitor={self.monitor} is not among what the evaluators measure: {', '.join(numbers)}")
+        self.start, self.last = self.start or numbers, numbers
+        self._evaluated_at = state.samples_seen
+        self.logger.log(numbers, state.samples_seen)
+        if is_main():
+            content = {
+                "samples_seen": state.samples_seen,
+                "start": self.start,
+                "last": self.last,
+                "evaluators": {name: evaluator.describe() for name, evaluator in self.evaluators.items()},
+            }
+            temporary = self.results.with_suffix(".tmp")
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            temporary.rename(self.results)
+
+
+def evaluate(model: nn.Module, evaluators: Mapping[str, Evaluator]) -> dict[str, float]:  # all ranks
+    """``{"evaluator/metric": value}``, rank 0's on every rank."""
+    numbers: dict[str, float] = {}
+    for name, evaluator in evaluators.items():
+        with evaluation_mode(model):
+            numbers.update({f"{name}/{metric}": float(value) for metric, value in evaluator.run(model)})
+    return broadcast_object(numbers)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; outside, mode and random generators are as if nothing had happened."""
+    was_training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

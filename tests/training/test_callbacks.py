@@ -1,0 +1,134 @@
+"""Callbacks account for what happens and leave the course of training alone."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from open_clip.transformer import PatchDropout
+
+from quiltnet.errors import UserError
+from quiltnet.training.callbacks import Evaluate, LogMetrics, Quarantine, evaluate
+from quiltnet.training.engine import TrainState, fit, start_training
+from quiltnet.training.loggers import LoggerGroup
+from quiltnet.training.losses import InfoNCE
+from quiltnet.training.optim import adamw
+from tests.model.towers import tiny_model
+
+
+class Recorder(list):
+    def log(self, metrics, samples_seen):
+        self.append((samples_seen, dict(metrics)))
+
+    def close(self):
+        self.append("closed")
+
+
+class Noise:
+    """An evaluator that would disturb training if it could: it draws, and leaves the model's mode changed."""
+
+    def run(self, model):
+        assert not model.training and not torch.is_grad_enabled()
+        yield "value", torch.rand(()).item()
+        model.train()
+
+    def describe(self):
+        return {"of": "noise"}
+
+
+def batches(batch_size=4, rejected=()):
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        image = torch.randint(0, 256, (batch_size, 3, 32, 32), dtype=torch.uint8, generator=generator)
+        text = torch.randint(1, 1000, (batch_size, 12), generator=generator)
+        yield SimpleNamespace(image=image, text=text, rejected=list(rejected))
+
+
+def new_state(**options) -> TrainState:
+    model = tiny_model(**options)
+    return start_training(model, adamw(model, lr=1e-3), lambda *_: 1.0, global_batch_size=4)
+
+
+def train(callbacks, steps=4, rejected=()) -> TrainState:
+    torch.manual_seed(5)
+    state = new_state()
+    state.model.clip.visual.patch_dropout = PatchDropout(0.5)
+    fit(state, batches(rejected=rejected), InfoNCE(), callbacks, total_samples=4 * steps)
+    return state
+
+
+def test_evaluation_does_not_change_training(tmp_path):
+    silent = train([])
+    recorder = Recorder()
+    evaluated = Evaluate({"noise": Noise()}, recorder, every_samples=4, results=tmp_path / "results.json")
+    watched = train([evaluated])
+    torch.testing.assert_close(watched.state_dict()["weights"], silent.state_dict()["weights"], rtol=0, atol=0)
+    assert [samples for samples, _ in recorder] == [0, 4, 8, 12, 16], "start, every step, and the end once"
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["start"] == recorder[0][1] and results["last"] == recorder[-1][1]
+    assert results["evaluators"] == {"noise": {"of": "noise"}}
+
+
+def test_a_monitor_that_nobody_measures_ends_the_run_at_its_start(tmp_path):
+    state = new_state()
+    callback = Evaluate({"n": Noise()}, Recorder(), every_samples=None, results=tmp_path / "r", monitor="n/accuracy")
+    with pytest.raises(UserError, match="n/accuracy is not among what the evaluators measure: n/value"):
+        callback.fit_start(state)
+
+
+def test_evaluate_alone_names_metrics_and_restores_the_mode():
+    model = tiny_model().train()
+    assert list(evaluate(model, {"a": Noise(), "b": Noise()})) == ["a/value", "b/value"]
+    assert model.training
+
+
+def test_log_means_over_the_window():
+    recorder = Recorder()
+    train([LogMetrics(LoggerGroup([recorder]), every_samples=8, samples_per_epoch=10)], steps=5)
+    assert [samples for samples, _ in recorder] == [8, 16, 20]
+    line = recorder[0][1]
+    assert line["train/epoch"] == pytest.approx(0.8)
+    assert line["train/learning_rate"] == pytest.approx(1e-3)
+    assert 0 <= line["data/wait_share"] <= 1
+    assert {"train/loss", "train/logit_scale", "train/grad_norm", "train/samples_per_s"} <= line.keys()
+
+
+def test_quarantine_counts_by_reason_and_lists_keys(tmp_path):
+    recorder, path = Recorder(), tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(path, recorder, every_samples=[8], max_fraction=0.5, missing={"a.tar": 3})
+    train([quarantine], rejected=[("key1", "broken_image"), ("key2", "no_caption")])
+    assert recorder[-1][1] == {
+        "data/rejected_broken_image": 4,
+        "data/rejected_no_caption": 4,
+        "data/rejected_truncated_tar": 3,
+    }
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[0] == {"samples_seen": 0, "key": "a.tar", "reason": "truncated_tar", "samples": 3}
+    assert [row["key"] for row in rows[1:]] == ["key1", "key2"] * 4
+
+
+def test_too_many_broken_samples_end_the_run(tmp_path):
+    rejected = [(f"key{i}", "broken_image") for i in range(4)]
+    quarantine = Quarantine(tmp_path / "q.jsonl", Recorder(), every_samples=[4], max_fraction=0.01)
+    with pytest.raises(UserError, match=r"12 of 12 samples were broken.*max_bad_fraction=0.01"):
+        train([quarantine], rejected=rejected)
+
+
+def test_a_resumed_quarantine_goes_on_counting(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    train([Quarantine(path, Recorder(), every_samples=[4], max_fraction=1)], rejected=[("k", "no_image")])
+    recorder, state = Recorder(), new_state()
+    state.samples_seen = 8  # the checkpoint was made there, the run went on to 16
+    again = Quarantine(path, recorder, every_samples=[4], max_fraction=1)
+    fit(state, batches(rejected=[("k", "no_image")]), InfoNCE(), [again], total_samples=16)
+    assert recorder[-1] == (16, {"data/rejected_no_image": 4})
+
+
+def test_scale_is_clamped_and_gradients_are_clipped():
+    state = new_state()
+    state.model.clip.logit_scale.data.fill_(8.0)
+    fit(state, batches(), InfoNCE(), [], total_samples=4, max_grad_norm=1e-3)
+    assert state.model.logit_scale.item() == pytest.approx(100)
+    assert state.step == 1
