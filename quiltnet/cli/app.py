@@ -1,0 +1,67 @@
+"""The ``quiltnet`` command. Each command imports what it needs when it runs, so that ``--help`` is immediate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import quiltnet
+from quiltnet.cli.door import at_the_door
+from quiltnet.cli.shard import shard
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune, measure and publish CLIP-type models on histopathology image-caption pairs.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(quiltnet.__version__)
+        raise typer.Exit
+
+
+app.command()(shard)
+
+
+@app.command(context_settings=_PASS_ON)
+def train(context: typer.Context) -> None:
+    """Train a model: Hydra options (run_name=… model=… data.train.shards=…), as of train.py; --help lists them."""
+    from quiltnet.cli.hydra_main import train_main
+
+    train_main(context.args)
+
+
+@app.command("eval", context_settings=_PASS_ON)
+def evaluate(context: typer.Context) -> None:
+    """Evaluate models: Hydra options (checkpoint=… evaluator=[…]), as of eval.py; --help lists them."""
+    from quiltnet.cli.hydra_main import eval_main
+
+    eval_main(context.args)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="Run directory, checkpoint, or anything that quiltnet.load takes.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+) -> None:
+    """Write a folder in open_clip's layout, reload it through open_clip and compare embeddings."""
+    from quiltnet.cli.export import export
+
+    export(source, out)
+
+
+main = at_the_door(app)
+
+if __name__ == "__main__":
+    sys.exit(main())

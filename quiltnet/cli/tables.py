@@ -1,0 +1,35 @@
+"""Tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_before_and_after(start: Mapping[str, float], last: Mapping[str, float]) -> None:
+    """What training changed, a metric a line."""
+    if not last:
+        return
+    table = Table("metric", "before", "after", "change")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, value in last.items():
+        before = start.get(name, float("nan"))
+        table.add_row(name, f"{before:.4f}", f"{value:.4f}", f"{value - before:+.4f}")
+    _print(table)
+
+
+def print_columns(columns: Mapping[str, Mapping[str, float]]) -> None:
+    """Several models side by side: a metric a line, a model a column."""
+    table = Table("metric", *columns)
+    for name in dict.fromkeys(name for numbers in columns.values() for name in numbers):
+        table.add_row(name, *(f"{numbers[name]:.4f}" if name in numbers else "-" for numbers in columns.values()))
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    # Names are never cut: where no terminal says how wide it is, a line may be as long as it needs.
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 200)

