@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from quiltnet.cli.door import at_the_door, leave_if_user_error, refuse_multirun_under_torchrun
+from quiltnet.cli.sweep import Trials, is_trial
 
 INSTALLED_CONF = "pkg://quiltnet.conf"
 
@@ -42,15 +41,24 @@ def eval_main(arguments: Sequence[str] | None = None, conf: str = INSTALLED_CONF
 
 
 def _start(run: Callable[[DictConfig], Any], name: str, conf: str, arguments: Sequence[str] | None) -> None:
+    trials = Trials()
+
     def task(cfg: DictConfig) -> Any:
         try:
-            return run(cfg)
+            value = run(cfg)
         except Exception as error:
-            # Hydra announces an exception with a line of its own; one trial's mistake must not end a sweep.
-            if HydraConfig.get().mode == RunMode.RUN:
-                leave_if_user_error(error)
+            if is_trial():
+                trials.add(cfg, error)
+            else:
+                leave_if_user_error(error)  # Hydra would announce an exception with a line of its own
             raise
+        if is_trial():
+            trials.add(cfg, value)
+        return value
 
     if arguments is not None:
         sys.argv = [f"quiltnet {name}", *arguments]
-    hydra.main(version_base="1.3", config_path=conf, config_name=name)(task)()
+    try:
+        hydra.main(version_base="1.3", config_path=conf, config_name=name)(task)()
+    finally:
+        trials.print()

@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.experimental.callback import Callback
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
+
+from quiltnet.cli.tables import print_trials
+
+DEFAULT_MONITOR = "val_pairs/loss"
 
 
-class SweepTable(Callback):
-    """Collects what each trial returned; one that failed is a row that says so, not the end of the others."""
+def is_trial() -> bool:
+    """Whether this run is one of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def trial_directory(cfg: DictConfig) -> Path:
+    """``outputs/<run_name>/trial-000``: a directory for each trial, below that of the sweep."""
+    return Path(cfg.output_dir) / cfg.run_name / f"trial-{HydraConfig.get().job.num:03d}"
+
+
+def monitored(cfg: DictConfig) -> str | None:
+    """The metric that trials are compared by: ``monitor``, or the held-out loss where it is measured."""
+    return cfg.monitor or (DEFAULT_MONITOR if "val_pairs" in cfg.evaluator else None)
+
+
+class Trials:
+    """What came of each trial; one that failed is a row that says so, not the end of the others."""
 
     def __init__(self) -> None:
-        self.trials: list[tuple[str, str]] = []
+        self._rows: list[tuple[str, list[str], str]] = []
+        self._monitor = ""
 
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        overrides = [override for override in job_return.overrides or [] if not override.startswith("run_name=")]
-        if job_return.status == JobStatus.COMPLETED:
-            value = job_return.return_value
-            outcome = "done" if value is None else f"{value:.4f}"
+    def add(self, cfg: DictConfig, outcome: float | Exception | None) -> None:
+        if isinstance(outcome, Exception):
+            text = f"failed: {_cause(outcome)}"
         else:
-            outcome = f"failed: {job_return._return_value}".splitlines()[0]
-        self.trials.append((" ".join(overrides), outcome))
+            text = "done" if outcome is None else f"{outcome:.4f}"
+        self._rows.append((str(trial_directory(cfg)), list(HydraConfig.get().overrides.task), text))
+        self._monitor = monitored(cfg) or "outcome"
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        table = Table("trial", "overrides", config.get("monitor") or "outcome")
-        for number, (overrides, outcome) in enumerate(self.trials):
-            table.add_row(f"{config.output_dir}/{config.run_name}/trial-{number:03d}", overrides, outcome)
-        Console().print(table)
+    def print(self) -> None:
+        """A row a trial, with what it changed beside the others."""
+        if not self._rows:
+            return
+        shared = set.intersection(*(set(overrides) for _, overrides, _ in self._rows))
+        rows = [(name, " ".join(o for o in overrides if o not in shared), text) for name, overrides, text in self._rows]
+        print_trials(rows, self._monitor)
+
+
+def _cause(error: BaseException) -> str:
+    """First line of what a constructor raised, below Hydra's wrapping."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -26,6 +27,14 @@ def print_columns(columns: Mapping[str, Mapping[str, float]]) -> None:
     table = Table("metric", *columns)
     for name in dict.fromkeys(name for numbers in columns.values() for name in numbers):
         table.add_row(name, *(f"{numbers[name]:.4f}" if name in numbers else "-" for numbers in columns.values()))
+    _print(table)
+
+
+def print_trials(rows: Sequence[tuple[str, str, str]], outcome: str) -> None:
+    """Trials of a sweep: where each lies, what it changed, what came of it."""
+    table = Table("trial", "overrides", outcome)
+    for row in rows:
+        table.add_row(*map(escape, row))
     _print(table)
 
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from quiltnet.cli.run_directory import RunDirectory, check_run_directory, create_run_directory
+from quiltnet.cli.sweep import is_trial, monitored, trial_directory
 from quiltnet.cli.tables import print_before_and_after
 from quiltnet.data.reading import PairLoader, build_loader
 from quiltnet.data.transforms import TrainTransform
@@ -30,7 +29,6 @@ from quiltnet.training.engine import Callback, TrainState, build_accelerator, fi
 from quiltnet.training.loggers import ConsoleLogger, JsonlLogger, LoggerGroup
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-DEFAULT_MONITOR = "val_pairs/loss"
 _STEPS_PER_LOG_LINE = 10
 _WARMUP_SHARE = 0.05
 
@@ -114,7 +112,7 @@ def make_parts(cfg: DictConfig) -> Parts:  # all ranks
         loader=loader,
         clock=clock,
         evaluators=evaluators,
-        monitor=_monitored(cfg.monitor, evaluators),
+        monitor=_check_monitor(cfg),
         optimizer=instantiate(cfg.optim, model, _convert_="all"),
         schedule=instantiate(cfg.schedule, **spans),
         loss=instantiate(cfg.loss),
@@ -180,11 +178,10 @@ def _open_loader(cfg: DictConfig, model: ContrastiveModel) -> PairLoader:
     )
 
 
-def _monitored(monitor: str | None, evaluators: Mapping[str, Any]) -> str | None:
-    if monitor is None:
-        return DEFAULT_MONITOR if "val_pairs" in evaluators else None
-    if monitor.partition("/")[0] not in evaluators:
-        known = ", ".join(evaluators) or "none"
+def _check_monitor(cfg: DictConfig) -> str | None:
+    monitor = monitored(cfg)
+    if monitor is not None and monitor.partition("/")[0] not in cfg.evaluator:
+        known = ", ".join(cfg.evaluator) or "none"
         raise UserError(f"monitor={monitor} must be evaluator/metric of one of the run's evaluators ({known})")
     return monitor
 
@@ -201,9 +198,7 @@ def _resolved(cfg: DictConfig, clock: Clock) -> dict[str, Any]:
 
 def _choose_run_directory(cfg: DictConfig, config: Mapping[str, Any]) -> RunDirectory:  # all ranks
     """Rank 0 looks (others may not see its disk); all ranks go on, or stop with the same message."""
-    path = Path(cfg.output_dir) / cfg.run_name
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        path = path / f"trial-{HydraConfig.get().job.num:03d}"
+    path = trial_directory(cfg) if is_trial() else Path(cfg.output_dir) / cfg.run_name
     found: RunDirectory | UserError | None = None
     if is_main():
         try:
