@@ -6,12 +6,14 @@ must be called by every rank, unconditionally.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from quiltnet.errors import UserError
 
 
 def rank() -> int:
@@ -48,6 +50,23 @@ def broadcast_object(value: Any) -> Any:  # all ranks
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(decide: Callable[[], Any]) -> Any:  # all ranks
+    """What ``decide`` returns on rank 0, on every rank; if it raises a UserError there, every rank raises it.
+
+    For what only rank 0 can or may look at: an error on one rank alone would leave the others waiting.
+    """
+    outcome: Any = None
+    if is_main():
+        try:
+            outcome = decide()
+        except UserError as error:
+            outcome = error
+    outcome = broadcast_object(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:  # all ranks

@@ -17,7 +17,7 @@ from tests.commands import environment, train_command, train_well
 TOTAL = 384  # 7.1 epochs of 54 samples: batches straddle epochs
 
 
-def options(shards: Path, name: str, *more: str) -> list[str]:
+def options(shards: Path, output_dir: Path, name: str, *more: str) -> list[str]:
     return [
         "model=tiny",
         "+model.image.patch_dropout=0.5",  # draws from the random generator that a checkpoint must restore
@@ -25,6 +25,7 @@ def options(shards: Path, name: str, *more: str) -> list[str]:
         f"data.train.shards={shards}/train",
         f"data.val.shards={shards}/val",
         f"run_name={name}",
+        f"output_dir={output_dir}",
         "global_batch_size=12",
         f"total_samples={TOTAL}",
         "callbacks.checkpoint_every_samples=24",
@@ -42,7 +43,7 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def start_and_kill(folder: Path, arguments: list[str], ranks: int, run: Path) -> None:
-    """kill -9 the whole process group once a third of the run is saved."""
+    """kill -9 the run's processes, all at once, when a third of it is saved."""
     process = subprocess.Popen(
         train_command(*arguments, ranks=ranks),
         cwd=folder,
@@ -57,8 +58,8 @@ def start_and_kill(folder: Path, arguments: list[str], ranks: int, run: Path) ->
         if saved:
             break
         time.sleep(0.02)
-    # torchrun starts its ranks in sessions of their own: they die with the pipe to their parent or by name.
-    subprocess.run(["pkill", "-9", "-f", f"run_name={run.name}"], check=False)
+    # Ranks are in sessions of their own; the place of this run is on the command line of each, and on no other.
+    subprocess.run(["pkill", "-9", "-f", f"output_dir={run.parent}"], check=False)
     process.wait(timeout=60)
     assert process.returncode == -signal.SIGKILL
 
@@ -66,9 +67,9 @@ def start_and_kill(folder: Path, arguments: list[str], ranks: int, run: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "more"), [(1, []), (2, []), (3, ["deterministic=true"])], ids=["1", "2", "3"])
 def test_killed_and_resumed_equals_unbroken(drawn_shards, tmp_path, ranks, more):
-    unbroken = options(drawn_shards, "unbroken", "data.train.workers=0", *more)
+    unbroken = options(drawn_shards, tmp_path / "outputs", "unbroken", "data.train.workers=0", *more)
     train_well(tmp_path, *unbroken, ranks=ranks)
-    broken = options(drawn_shards, "broken", "resume=auto", *more)
+    broken = options(drawn_shards, tmp_path / "outputs", "broken", "resume=auto", *more)
     run = tmp_path / "outputs" / "broken"
     start_and_kill(tmp_path, [*broken, "data.train.workers=2"], ranks, run)
     before = [json.loads(line)["samples_seen"] for line in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
@@ -86,7 +87,7 @@ def test_killed_and_resumed_equals_unbroken(drawn_shards, tmp_path, ranks, more)
 @pytest.mark.slow
 def test_ranks_and_uneven_shards_train_the_same_model(drawn_shards, tmp_path):
     for ranks in (1, 2, 3):
-        arguments = options(drawn_shards, f"ranks{ranks}", "model.image.patch_dropout=0")
+        arguments = options(drawn_shards, tmp_path / "outputs", f"ranks{ranks}", "model.image.patch_dropout=0")
         train_well(tmp_path, *arguments, "data.train.workers=1", ranks=ranks)
     one = weights(tmp_path, "ranks1")
     for ranks in (2, 3):

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import quiltnet
 from quiltnet.cli.hydra_main import eval_main, train_main
+from quiltnet.cli.shard import Format, shard
 from tests.commands import environment, train, train_well
 from tests.conftest import ROOT
 from tests.model.towers import tiny_model
@@ -85,6 +86,49 @@ def test_a_used_directory_is_entered_only_when_asked(drawn_shards, work, capsys)
     assert (work / "outputs/mine/notes.txt").exists()
 
 
+def weights_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_named_by_its_path(drawn_shards, work, capsys):
+    """Own: the run goes on from there, and what lay after it is forgotten. Another run's: a new directory begins."""
+    clock = ["callbacks.checkpoint_every_samples=8", "callbacks.keep_checkpoints=9"]
+    options = [f"data.train.shards={drawn_shards}/train", *clock, "total_samples=32"]
+    run("run_name=a", *options)
+    (work / "outputs/a/notes.txt").write_text("keep")
+    names = [f"samples-{samples:012d}" for samples in (8, 16, 24, 32)]
+    assert weights_of(work / "outputs/a") == names
+    checkpoint = work / "outputs/a/checkpoints" / names[1]
+    expected = torch.load(work / "outputs/a/checkpoints" / names[3] / "train_state.pt", weights_only=True)
+    run("run_name=b", f"resume={checkpoint}", *options)
+    assert weights_of(work / "outputs/b") == names[2:]
+    assert "earlier run" in refused(capsys, "run_name=b", f"resume={checkpoint}", *options)
+    run("run_name=a", f"resume={checkpoint}", *options)
+    assert weights_of(work / "outputs/a") == names
+    assert (work / "outputs/a/notes.txt").exists()
+    for name in "ab":
+        state = torch.load(work / f"outputs/{name}/checkpoints" / names[3] / "train_state.pt", weights_only=True)
+        torch.testing.assert_close(state["optimizer"]["state"], expected["optimizer"]["state"], rtol=0, atol=0)
+
+
+def test_a_run_does_not_continue_on_other_data(drawn_shards, work, capsys):
+    shards = work / "shards"
+    shutil.copytree(drawn_shards, shards)
+    run("run_name=x", f"data.train.shards={shards}/train")
+    shutil.rmtree(shards)
+    shard(out=shards, format=Format.synthetic, samples=60, size=48, seed=1)
+    message = refused(capsys, "run_name=x", f"data.train.shards={shards}/train", "resume=auto")
+    assert "the shards are not those that the run began with" in message
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(drawn_shards, work):
+    options = ["run_name=x", f"data.train.shards={drawn_shards}/train", f"data.val.shards={drawn_shards}/val"]
+    run(*options, "evaluator=[val_pairs]")
+    before = (work / "outputs/x/metrics.jsonl").read_text()
+    run(*options, "evaluator=[val_pairs]", "resume=auto")
+    assert (work / "outputs/x/metrics.jsonl").read_text() == before
+
+
 def make_tar(path: Path, members: dict[str, bytes]) -> str:
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
@@ -121,6 +165,20 @@ MISTAKES = {
     "learning rate": (["optim.lr=0", "{train}"], "greater than 0"),
     "warm-up": (["schedule.warmup_samples=16", "{train}"], "less than total_samples"),
     "batch": (["global_batch_size=0", "{train}"], "global_batch_size=0"),
+    "text for a number": (["optim.lr=1e-4x", "{train}"], "optim.lr=1e-4x must be a number"),
+    "workers": (["data.train.workers=-1", "{train}"], "data.train.workers=-1"),
+    "gradient norm": (["max_grad_norm=0", "{train}"], "max_grad_norm=0 must be a number above 0, or null"),
+    "crop": (["data.train.crop_scale=0.9", "{train}"], "[least,most]"),
+    "name is a path": (["run_name=../elsewhere", "{train}"], "is a folder's name"),
+    "evaluator's batch": (
+        ["evaluator=[zeroshot_synthetic]", "evaluator.zeroshot_synthetic.batch_size=0", "{train}"],
+        "batch_size=0",
+    ),
+    "monitored metric": (
+        ["evaluator=[zeroshot_synthetic]", "monitor=zeroshot_synthetic/acc", "{train}"],
+        "zeroshot_synthetic/acc",
+    ),
+    "resume and overwrite": (["resume=auto", "overwrite=true", "{train}"], "contradict"),
     "caption policy": (["data.train.caption_policy=longest", "{train}"], "longest"),
     "unknown key": (["optim.learning_rate=1", "{train}"], "learning_rate"),
     "misspelt argument": (["+optim.learning_rate=1", "{train}"], "misspelt"),
@@ -145,7 +203,7 @@ def test_a_mistake_is_one_message_exit_2_and_nothing_written(mistake, drawn_shar
     Image.new("RGB", (32, 32)).save(aside / "images" / "a.jpg")
     options, message = MISTAKES[mistake]
     assert message in refused(capsys, "run_name=x", *(option.format(**places) for option in options))
-    assert not list(work.iterdir())
+    assert not list(work.glob("*/*"))
 
 
 def test_a_run_needs_a_name(work, capsys):
@@ -232,9 +290,10 @@ def test_broken_samples_are_counted_and_training_goes_on(drawn_shards, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "outputs/x/metrics.jsonl").read_text().splitlines()]
     counts = [line for line in lines if any(name.startswith("data/rejected_") for name in line)][-1]
     reasons = {"broken_image", "not_an_image", "empty_image", "truncated_tar"}
+    assert [line["data/missing_samples"] for line in lines if "data/missing_samples" in line] == [6]
     assert {name.removeprefix("data/rejected_") for name in counts if name != "samples_seen"} == reasons
     rows = [json.loads(line) for line in (tmp_path / "outputs/x/quarantine.jsonl").read_text().splitlines()]
-    assert {row["reason"] for row in rows} == reasons
+    assert {row["reason"] for row in rows} == {*reasons, "missing_from_tar"}
     for reason in reasons:
         assert sum(row["samples"] for row in rows if row["reason"] == reason) == counts[f"data/rejected_{reason}"]
     assert max(line["samples_seen"] for line in lines) == 216

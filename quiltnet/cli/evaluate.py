@@ -8,6 +8,7 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from quiltnet.cli.run_directory import check_writable
 from quiltnet.cli.tables import print_columns
 from quiltnet.distributed import is_main
 from quiltnet.errors import UserError
@@ -23,8 +24,10 @@ def run_eval(cfg: DictConfig) -> None:
     if not cfg.evaluator:
         raise UserError("no evaluator is chosen; say evaluator=[zeroshot_lc25000,val_pairs] (conf/evaluator/ has them)")
     output = Path(cfg.output) if cfg.output else None
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UserError(f"output={output}: its folder does not exist")
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise UserError(f"output={output} must be a file in a folder that exists")
+    if output is not None:
+        check_writable(output)
     sources = list(cfg.checkpoint) if OmegaConf.is_list(cfg.checkpoint) else [cfg.checkpoint]
     accelerator = build_accelerator()
     evaluators = {name: instantiate(evaluator, _convert_="all") for name, evaluator in cfg.evaluator.items()}

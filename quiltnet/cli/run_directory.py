@@ -23,6 +23,7 @@ from quiltnet.errors import UserError
 from quiltnet.training.checkpoint import latest_checkpoint
 
 CONFIG_NAME = "config.yaml"
+ENVIRONMENT_NAME = "environment.json"
 
 # What may differ between a run and its continuation: how it is started and watched, not what it computes.
 _MAY_CHANGE = {
@@ -33,10 +34,16 @@ _MAY_CHANGE = {
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of one run. ``checkpoint`` is where it continues, if it does."""
+    """Paths of one run. ``checkpoint`` is where it continues; ``replaces`` says that what is there goes first."""
 
     path: Path
     checkpoint: Path | None = None
+    replaces: bool = False
+
+    @property
+    def continues(self) -> bool:
+        """Whether the checkpoint is one of this very run."""
+        return self.checkpoint is not None and self.checkpoint.parent == self.checkpoints
 
     @property
     def checkpoints(self) -> Path:
@@ -59,50 +66,53 @@ class RunDirectory:
         return self.path / "model"
 
 
-def check_run_directory(path: Path, config: Mapping[str, Any], *, resume: str | None, overwrite: bool) -> RunDirectory:
+def check_run_directory(
+    path: Path, config: Mapping[str, Any], data: Mapping[str, Any], *, resume: str | None, overwrite: bool
+) -> RunDirectory:
     """Decide whether the run may start there, before anything is written.
 
     Raises:
-        UserError: a used directory that is neither resumed nor overwritten, a continuation whose config differs, a
-            directory that cannot be written.
+        UserError: a used directory that is neither resumed nor overwritten, a continuation whose configuration or data
+            differ, a directory that cannot be written.
     """
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    try:
-        tempfile.TemporaryDirectory(dir=existing).cleanup()  # permissions alone do not tell
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}); choose another place: output_dir=/path") from error
+    if resume is not None and overwrite:
+        raise UserError("resume and overwrite=true contradict each other: one continues the run, the other discards it")
+    check_writable(path)
+    checkpoint = _named_checkpoint(path, resume)
+    if checkpoint is not None:
+        _refuse_changes(checkpoint.parent.parent, config, data)
+        if checkpoint.parent == path / "checkpoints":
+            return RunDirectory(path, checkpoint)
     used = path.exists() and any(path.iterdir())
-    if resume not in (None, "auto"):
-        checkpoint = Path(resume)
-        if not checkpoint.is_dir():
-            raise UserError(f"resume={resume}: no such checkpoint; resume=auto finds the newest of this run")
-        _refuse_changes(checkpoint.parent.parent / CONFIG_NAME, config)
-        return RunDirectory(path, checkpoint)
     if not used:
-        return RunDirectory(path)
+        return RunDirectory(path, checkpoint)
     if not (path / CONFIG_NAME).is_file():
         raise UserError(f"{path} holds files that are not a run's; choose another run_name")
-    if overwrite:
-        return RunDirectory(path)
-    if resume is None:
-        raise UserError(
-            f"{path} holds an earlier run; continue it with resume=auto, replace it with overwrite=true, "
-            "or choose another run_name"
-        )
-    checkpoint = latest_checkpoint(path / "checkpoints")
-    if checkpoint is not None:
-        _refuse_changes(path / CONFIG_NAME, config)
-    return RunDirectory(path, checkpoint)
+    if overwrite or resume == "auto":  # auto: a run that was begun, and ended before its first checkpoint
+        return RunDirectory(path, replaces=True)
+    raise UserError(
+        f"{path} holds an earlier run; continue it with resume=auto, replace it with overwrite=true, "
+        "or choose another run_name"
+    )
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError if ``path`` could not be written; permissions alone do not tell, so it is tried."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=existing if existing.is_dir() else existing.parent).cleanup()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}); choose another place") from error
 
 
 def create_run_directory(run: RunDirectory, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """Make the directory (empty, unless it continues) and write down config and circumstances."""
-    if run.checkpoint is None or run.checkpoint.parent != run.checkpoints:
-        shutil.rmtree(run.path, ignore_errors=True)
+    """Make the directory and write down configuration and circumstances."""
+    environment = {**describe_environment(), "data": dict(data)}
+    if run.replaces:
+        shutil.rmtree(run.path.resolve())
     run.path.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(dict(config)), run.path / CONFIG_NAME)
-    environment = {**describe_environment(), "data": dict(data)}
-    (run.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    (run.path / ENVIRONMENT_NAME).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -113,7 +123,7 @@ def describe_environment() -> dict[str, Any]:
         "git": _git_revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": dict(sorted((d.metadata["Name"], d.version) for d in distributions())),
+        "packages": dict(sorted((d.name, d.version) for d in distributions() if d.name)),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "cpus": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -134,10 +144,24 @@ def _git_revision() -> str | None:
     return described.stdout.strip()
 
 
-def _refuse_changes(saved: Path, config: Mapping[str, Any]) -> None:
-    if not saved.is_file():
-        raise UserError(f"{saved} is missing: the checkpoint stands outside a run directory")
-    before = _flatten({k: v for k, v in OmegaConf.to_container(OmegaConf.load(saved)).items() if k not in _MAY_CHANGE})
+def _named_checkpoint(path: Path, resume: str | None) -> Path | None:
+    """The checkpoint that ``resume`` means, named as a part of ``path`` where it is one of this run."""
+    if resume is None:
+        return None
+    if resume == "auto":
+        return latest_checkpoint(path / "checkpoints")
+    checkpoint = Path(resume)
+    if not checkpoint.is_dir():
+        raise UserError(f"resume={resume}: no such checkpoint; resume=auto finds the newest of this run")
+    own = path / "checkpoints" / checkpoint.name
+    return own if own.exists() and own.samefile(checkpoint) else checkpoint.resolve()
+
+
+def _refuse_changes(run: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    if not (run / CONFIG_NAME).is_file():
+        raise UserError(f"{run / CONFIG_NAME} is missing: the checkpoint stands outside a run directory")
+    saved = OmegaConf.to_container(OmegaConf.load(run / CONFIG_NAME))
+    before = _flatten({key: value for key, value in saved.items() if key not in _MAY_CHANGE})
     now = _flatten({key: value for key, value in config.items() if key not in _MAY_CHANGE})
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     # Another number of loader processes gives the same stream.
@@ -147,6 +171,12 @@ def _refuse_changes(saved: Path, config: Mapping[str, Any]) -> None:
         raise UserError(
             f"the run cannot continue with another configuration ({shown}); give the options of the first start, "
             "or choose another run_name"
+        )
+    trained_on = json.loads((run / ENVIRONMENT_NAME).read_text(encoding="utf-8"))["data"]
+    if trained_on != dict(data):
+        raise UserError(
+            f"the shards are not those that the run began with ({trained_on} then, {dict(data)} now); "
+            "bring them back, or choose another run_name"
         )
 
 

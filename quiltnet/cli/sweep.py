@@ -56,4 +56,4 @@ def _cause(error: BaseException) -> str:
     """First line of what a constructor raised, below Hydra's wrapping."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+import shutil
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,21 +15,21 @@ from accelerate import Accelerator
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from quiltnet.cli.options import check_ranges
 from quiltnet.cli.run_directory import RunDirectory, check_run_directory, create_run_directory
 from quiltnet.cli.sweep import is_trial, monitored, trial_directory
 from quiltnet.cli.tables import print_before_and_after
 from quiltnet.data.reading import PairLoader, build_loader
 from quiltnet.data.transforms import TrainTransform
-from quiltnet.distributed import barrier, broadcast_object, is_main, rank, world_size
+from quiltnet.distributed import barrier, is_main, on_main, rank, world_size
 from quiltnet.errors import UserError
 from quiltnet.model.contrastive import ContrastiveModel
 from quiltnet.model.folder import write_description
 from quiltnet.training.callbacks import Evaluate, LogMetrics, Quarantine, SaveCheckpoint
-from quiltnet.training.checkpoint import load_checkpoint
+from quiltnet.training.checkpoint import forget_after, load_checkpoint
 from quiltnet.training.engine import Callback, TrainState, build_accelerator, fit, seed_everything, start_training
 from quiltnet.training.loggers import ConsoleLogger, JsonlLogger, LoggerGroup
 
-PRECISIONS = ("fp32", "bf16", "fp16")
 _STEPS_PER_LOG_LINE = 10
 _WARMUP_SHARE = 0.05
 
@@ -68,7 +69,7 @@ def run_train(cfg: DictConfig) -> float | None:  # all ranks
         The monitored metric, for a sweep; ``None`` where nothing is monitored.
     """
     parts = make_parts(cfg)
-    run = _choose_run_directory(cfg, parts.config)
+    run = _enter_run_directory(cfg, parts)
     torch.manual_seed(cfg.seed + rank())  # so that dropout differs between ranks
     state = start_training(
         parts.model,
@@ -78,18 +79,22 @@ def run_train(cfg: DictConfig) -> float | None:  # all ranks
         accelerator=parts.accelerator,
     )
     if run.checkpoint is not None:
-        state.load_state_dict(load_checkpoint(run.checkpoint))
-    if is_main():
-        create_run_directory(run, parts.config, parts.loader.describe())
-        write_description(parts.model, run.model)
-        _print_plan(run, state, parts.clock, parts.loader)
+        state.load_state_dict(load_checkpoint(run.checkpoint))  # all ranks read it: the disk must be shared
     barrier()
+    if is_main():
+        forget_after(run.checkpoints, state.samples_seen)
+        _print_plan(run, state, parts.clock, parts.loader)
     logger = _start_loggers(parts, cfg.run_name, run, state)
     callbacks, evaluate = _make_callbacks(cfg, parts, run, logger)
-    with closing(logger), closing(parts.loader):
-        batches = parts.loader.start(state.samples_seen)
-        total_samples = parts.clock.total_samples
-        fit(state, batches, parts.loss, callbacks, total_samples=total_samples, max_grad_norm=cfg.max_grad_norm)
+    try:
+        with closing(logger), closing(parts.loader):
+            batches = parts.loader.start(state.samples_seen)
+            total_samples = parts.clock.total_samples
+            fit(state, batches, parts.loss, callbacks, total_samples=total_samples, max_grad_norm=cfg.max_grad_norm)
+    except UserError:
+        if state.samples_seen == 0 and is_main():  # found by the first evaluation: nothing was trained
+            shutil.rmtree(run.path)
+        raise
     if is_main():
         print_before_and_after(evaluate.start, evaluate.last)
         print(f"run directory: {run.path}")
@@ -116,7 +121,7 @@ def make_parts(cfg: DictConfig) -> Parts:  # all ranks
         optimizer=instantiate(cfg.optim, model, _convert_="all"),
         schedule=instantiate(cfg.schedule, **spans),
         loss=instantiate(cfg.loss),
-        loggers=[instantiate(entry) for entry in cfg.logger.values()] if is_main() else [],
+        loggers=[],
         config=_resolved(cfg, clock),
     )
 
@@ -143,18 +148,15 @@ def plan_clock(cfg: DictConfig, samples_per_epoch: int) -> Clock:
 def _check_options(cfg: DictConfig) -> None:
     if OmegaConf.is_missing(cfg, "run_name"):
         raise UserError("run_name is not set; say run_name=first_try, and results go to outputs/first_try")
-    if cfg.precision not in PRECISIONS:
-        raise UserError(f"precision={cfg.precision}: choose one of {', '.join(PRECISIONS)}")
-    if cfg.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("precision=fp16 needs a GPU (its gradients are scaled there); use fp32 or bf16")
-    for name in ("log_every_samples", "evaluate_every_samples", "checkpoint_every_samples"):
-        every = cfg.callbacks[name]
-        if every is not None and every < 1:
-            raise UserError(f"callbacks.{name}={every} must be at least 1")
+    if not re.fullmatch(r"\w[\w.+=,-]*", str(cfg.run_name)):
+        raise UserError(f"run_name={cfg.run_name!r} is a folder's name: letters, digits and . _ + = , - only")
     if OmegaConf.is_missing(cfg.data.train, "shards"):
         raise UserError(
             "data.train.shards is not set; say data.train.shards=quilt/train, a folder made by `quiltnet shard`"
         )
+    check_ranges(cfg)
+    if cfg.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("precision=fp16 needs a GPU (its gradients are scaled there); use fp32 or bf16")
 
 
 def _open_loader(cfg: DictConfig, model: ContrastiveModel) -> PairLoader:
@@ -196,27 +198,27 @@ def _resolved(cfg: DictConfig, clock: Clock) -> dict[str, Any]:
     return config
 
 
-def _choose_run_directory(cfg: DictConfig, config: Mapping[str, Any]) -> RunDirectory:  # all ranks
-    """Rank 0 looks (others may not see its disk); all ranks go on, or stop with the same message."""
+def _enter_run_directory(cfg: DictConfig, parts: Parts) -> RunDirectory:  # all ranks
+    """Rank 0 decides and makes it; all ranks go on, or stop with the same message."""
     path = trial_directory(cfg) if is_trial() else Path(cfg.output_dir) / cfg.run_name
-    found: RunDirectory | UserError | None = None
-    if is_main():
-        try:
-            found = check_run_directory(path, config, resume=cfg.resume, overwrite=cfg.overwrite)
-        except UserError as error:
-            found = error
-    found = broadcast_object(found)
-    if isinstance(found, UserError):
-        raise found
-    return found
+    data = parts.loader.describe()
+
+    def enter() -> RunDirectory:
+        run = check_run_directory(path, parts.config, data, resume=cfg.resume, overwrite=cfg.overwrite)
+        parts.loggers.extend(instantiate(entry) for entry in cfg.logger.values())
+        create_run_directory(run, parts.config, data)
+        write_description(parts.model, run.model)
+        return run
+
+    return on_main(enter)
 
 
 def _start_loggers(parts: Parts, name: str, run: RunDirectory, state: TrainState) -> LoggerGroup:
     if not is_main():
         return LoggerGroup()
+    resumed_at = state.samples_seen if run.continues else None
     for logger in parts.loggers:
-        logger.start(run.path, name, parts.config)
-    resumed_at = state.samples_seen if run.checkpoint else None
+        logger.start(run.path, name, parts.config, resumed_at)
     console = ConsoleLogger(parts.clock.total_samples, state.samples_seen)
     return LoggerGroup([JsonlLogger(run.metrics, resumed_at), console, *parts.loggers])
 

@@ -246,14 +246,18 @@ class ShardPairs(Dataset):
     ``[i]`` is (RGB image, all captions, image id). A broken sample is an error: what is measured must not depend
     silently on what could be read.
 
-    Attributes:
-        missing: as for PairLoader.
+    Raises:
+        UserError: the shards hold fewer samples than their manifest says.
     """
 
     def __init__(self, shards: ShardSpec, limit: int | None = None) -> None:
         self._pairs = StoredPairs(resolve_shards(shards))
+        if self._pairs.missing:
+            raise UserError(
+                f"held-out shards lack samples that their manifest lists ({self._pairs.missing}); "
+                "bring back the whole tars, or pack them again"
+            )
         self._length = min(len(self._pairs), limit if limit is not None else len(self._pairs))
-        self.missing = self._pairs.missing
 
     def __len__(self) -> int:
         return self._length

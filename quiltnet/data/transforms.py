@@ -35,8 +35,8 @@ class TrainTransform:
             default.
         vertical_flip: turn half of the tiles upside down; off by default likewise.
         interpolation: ``bicubic`` or ``bilinear``, with antialiasing.
-        decode: ``pil`` gives the pixels of open_clip's transform for the same crop. ``fast`` takes less
-            than half the time (benchmarks/decode.py) and rounds otherwise: on real tiles 99.5 % of the values are equal, the rest
+        decode: ``pil`` gives the pixels of open_clip's transform for the same crop. ``fast`` takes less than half the
+            time (benchmarks/decode.py) and rounds otherwise: on real tiles 99.5 % of the values are equal, the rest
             differ by 1 level of 255, and two in a million by 2. (More only in single pixels where hard edges
             meet: Pillow 13 resizes some shapes vertically first, torchvision none.)
     """

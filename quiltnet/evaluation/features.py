@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from quiltnet.distributed import all_gather_object, gather_rows, rank, world_size
+from quiltnet.errors import UserError
 
 
 class EncodesImagesAndText(Protocol):
@@ -114,7 +115,10 @@ def _encode_images(
         generator=torch.Generator(),
     )
     features, rest = [], []
-    for image, rest_of_batch in loader:
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        image, rest_of_batch = batch
         features.append(model.encode_image(image.to(model.device, non_blocking=True)).float())  # (B, D)
         rest.extend(rest_of_batch)
     return gather_rows(torch.cat(features)[:own]).cpu(), rest[:own]
@@ -139,11 +143,19 @@ class _Transformed(Dataset):
         self.samples = samples
         self.transform = transform
 
-    def __getitem__(self, index: int) -> tuple[Tensor, tuple[Any, ...]]:
-        image, *rest = self.samples[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, tuple[Any, ...]] | UserError:
+        try:
+            image, *rest = self.samples[index]
+        except UserError as error:
+            return error  # raised in a worker, it would reach the user inside a traceback
         return self.transform(image), tuple(rest)
 
 
-def _stack_images(batch: list[tuple[Tensor, tuple[Any, ...]]]) -> tuple[Tensor, list[tuple[Any, ...]]]:
+def _stack_images(
+    batch: list[tuple[Tensor, tuple[Any, ...]] | UserError],
+) -> tuple[Tensor, list[tuple[Any, ...]]] | UserError:
+    broken = next((item for item in batch if isinstance(item, UserError)), None)
+    if broken is not None:
+        return broken
     images, rest = zip(*batch, strict=True)
     return torch.stack(images), list(rest)

@@ -83,7 +83,17 @@ def plan_towers(
         default = _timm_default(timm_name)
         preprocess_cfg.update(mean=tuple(default.mean), std=tuple(default.std))
         vision_cfg.setdefault("image_size", default.input_size[-1])
+    if image.get("pretrained") is True and "timm_model_name" not in vision_cfg:
+        raise UserError("image.pretrained=true asks for timm's weights; an open_clip tower takes a path")
+    if text.get("pretrained") is True and "hf_model_name" not in text_cfg:
+        raise UserError(
+            "text.pretrained=true asks for the Hugging Face model's weights; an open_clip tower takes a path"
+        )
     model_cfg = {"embed_dim": embed_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+    activations = {open_clip.get_model_config(name).get("quick_gelu", False) for name in _named(image, text)}
+    if len(activations) > 1:
+        raise UserError(f"the towers of {' and '.join(_named(image, text))} have different activations; choose alike")
+    model_cfg["quick_gelu"] = activations == {True}
     weights = resolve_path(pretrained) if pretrained else None
     return Plan(Description(model_cfg, preprocess_cfg), weights=weights, image=image, text=text)
 
@@ -114,6 +124,11 @@ def _take_folder(plan: Plan, folder: Path) -> None:
                 f"model=folder model.folder={folder} takes the architecture from the folder"
             )
     plan.description, plan.weights, plan.tells_training = found, find_weights(folder), True
+
+
+def _named(*towers: Mapping[str, Any]) -> list[str]:
+    """The open_clip architectures that towers are taken from."""
+    return [tower["architecture"] for tower in towers if tower.get("architecture")]
 
 
 def _tower_cfg(which: str, tower: Mapping[str, Any], known: type) -> dict[str, Any]:

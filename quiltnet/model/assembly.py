@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,12 @@ def build_model(
         raise UserError(f"batchnorm={batchnorm!r}: choose 'frozen' or 'train'")
     if (architecture is None) == (image is None and text is None):
         raise UserError("give either an open_clip architecture, or an image and a text tower")
+    for name, value in (("mean", mean), ("std", std)):
+        if value is not None and len(value) != 3:
+            raise UserError(f"{name}={list(value)} must have three numbers, one a channel")
     if architecture is not None:
+        if embed_dim is not None:
+            raise UserError(f"embed_dim={embed_dim} is for two towers; {architecture} has its own")
         plan = plan_architecture(architecture, pretrained)
     else:
         plan = plan_towers(image, text, embed_dim, pretrained)
@@ -110,12 +116,17 @@ def assemble(
     if text_tower is not None:
         text_cfg["hf_model_name"] = _text_tower_source(text_tower)
     model_class = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
-    with hub_access(
+    names_hub = timm_weights or (text_tower is not None and not Path(text_cfg["hf_model_name"]).is_dir())
+    access = hub_access(
         f"the towers {vision_cfg.get('timm_model_name', 'of open_clip')} and {text_tower or 'of open_clip'}",
         "give local files instead: model.image.pretrained=/path/to/weights, model.text.hf_model_name=/path/to/folder "
         "(config.json, vocabulary, model.safetensors)",
-    ):
+    )
+    with access if names_hub else nullcontext():
         clip = model_class(**model_cfg)
+    if getattr(clip, "logit_bias", None) is not None:
+        # Part of SigLIP's loss only; a parameter without a gradient would stop DDP.
+        clip.logit_bias.requires_grad_(False)
     image_size = vision_cfg.get("image_size", CLIPVisionCfg.image_size)
     _fit_image_size(clip, image_size)
     description.preprocess_cfg["size"] = image_size
@@ -175,15 +186,17 @@ def _tokenizer(plan: Plan) -> Tokenizer:
     text_cfg = plan.description.model_cfg["text_cfg"]
     context_length = text_cfg.setdefault("context_length", CLIPTextCfg.context_length)
     remedy = "give a local folder with its vocabulary: model.text.hf_tokenizer_name=/path/to/folder"
-    if plan.architecture is not None:
+    name = text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name")
+    if plan.architecture is not None and (name is not None or "siglip" in plan.architecture.lower()):
         with hub_access(f"the tokeniser of {plan.architecture}", remedy):
             return built_in_tokenizer(plan.architecture, context_length)
-    name = text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name")
     if name is None:
-        return bpe_tokenizer(context_length)
+        return bpe_tokenizer(context_length, **(text_cfg.get("tokenizer_kwargs") or {}))
     text_cfg["hf_tokenizer_name"] = _text_tower_source(name)
-    with hub_access(f"the tokeniser {name}", remedy):
-        return hugging_face_tokenizer(text_cfg["hf_tokenizer_name"], context_length)
+    is_local = Path(text_cfg["hf_tokenizer_name"]).is_dir()
+    with nullcontext() if is_local else hub_access(f"the tokeniser {name}", remedy):
+        options = text_cfg.get("tokenizer_kwargs") or {}
+        return hugging_face_tokenizer(text_cfg["hf_tokenizer_name"], context_length, **options)
 
 
 def _load_tower_files(model: ContrastiveModel, plan: Plan) -> None:

@@ -95,9 +95,13 @@ class ContrastiveModel(nn.Module):
         self.clip.logit_scale.clamp_(min=0, max=math.log(100))
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that the towers ask not to decay, beside vectors and scalars."""
-        inner = self.clip.no_weight_decay() if hasattr(self.clip, "no_weight_decay") else set()
-        return {f"clip.{name}" for name in inner}
+        """Names of parameters that must not decay beside vectors and scalars: those the towers name, and positions."""
+        trunk = getattr(self.clip.visual, "trunk", None)
+        asked = {f"clip.{name}" for name in self.clip.no_weight_decay()}
+        if hasattr(trunk, "no_weight_decay"):
+            asked |= {f"clip.visual.trunk.{name}" for name in trunk.no_weight_decay()}
+        positions = {n for n, _ in self.named_parameters() if n.endswith(("position_embeddings.weight", "pos_embed"))}
+        return asked | positions
 
     def train(self, mode: bool = True) -> ContrastiveModel:
         """Training mode, except that BatchNorm keeps its pretrained statistics unless ``batchnorm="train"``.

@@ -25,10 +25,11 @@ def read_description(folder: Path) -> Description:
     config = folder / CONFIG_NAME
     if not config.is_file():
         raise UserError(f"{folder} has no {CONFIG_NAME}; give a folder in open_clip's layout")
-    content = json.loads(config.read_text(encoding="utf-8"))
-    if "model_cfg" not in content:
-        raise UserError(f"{config} has no model_cfg; it is not an open_clip configuration")
-    text_cfg = content["model_cfg"]["text_cfg"]
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+        text_cfg = content["model_cfg"]["text_cfg"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config} is not an open_clip configuration ({type(error).__name__}: {error})") from error
     if text_cfg.get("hf_model_name") and (folder / "config.json").is_file():
         text_cfg["hf_model_name"] = str(folder.resolve())
     if text_cfg.get("hf_tokenizer_name") and (folder / "tokenizer_config.json").is_file():

@@ -36,9 +36,9 @@ class Tokenizer:
             self._tokenize.save_pretrained(folder)
 
 
-def bpe_tokenizer(context_length: int) -> Tokenizer:
+def bpe_tokenizer(context_length: int, **options: Any) -> Tokenizer:
     """CLIP's byte-pair encoding; its vocabulary is in open_clip's wheel."""
-    return Tokenizer(open_clip.SimpleTokenizer(context_length=context_length), context_length)
+    return Tokenizer(open_clip.SimpleTokenizer(context_length=context_length, **options), context_length)
 
 
 def hugging_face_tokenizer(name_or_folder: str, context_length: int, **options: Any) -> Tokenizer:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlparse
+from urllib.request import getproxies
 
 import open_clip
 from huggingface_hub import constants
@@ -27,7 +28,7 @@ def resolve_path(location: str) -> Path:
     path = Path(location).expanduser()
     if location.startswith(PACKAGE_PREFIX):
         module, _, inner = location.removeprefix(PACKAGE_PREFIX).partition("/")
-        spec = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(module) if module.isidentifier() else None
         if spec is None or spec.origin is None:
             raise UserError(
                 f"{location}: the Python package {module} is not installed; "
@@ -93,18 +94,24 @@ def hub_access(needed: str, remedy: str) -> Iterator[None]:
     """Turn the many errors of an unreachable hub into one sentence, at once.
 
     The hub's client retries for 47 s when the host name does not resolve (measured without a network), so the name is
-    looked up first and the client is told to use its cache only.
+    looked up first and the client is told to use its cache only. Behind a proxy it is the proxy that knows names.
     """
     host = urlparse(constants.ENDPOINT).hostname or ""
     was_offline = constants.HF_HUB_OFFLINE
-    try:
-        socket.getaddrinfo(host, None)
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
+    if not was_offline and not getproxies():
+        constants.HF_HUB_OFFLINE = not _resolves(host)
     try:
         yield
     except OSError as error:
-        first_line = str(error).strip().splitlines()[0]
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{needed} could not be fetched from {host} ({first_line}); {remedy}") from error
     finally:
         constants.HF_HUB_OFFLINE = was_offline
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True

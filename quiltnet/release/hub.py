@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def export_open_clip(model: ContrastiveModel, out: Path) -> float:
         raise UserError(f"{out} exists already; give another --out, or remove it")
     unfinished = out.parent / f".{out.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    model = model.eval().cpu()
+    model = deepcopy(model).eval().cpu()  # the caller may go on training with it
     try:
         write_description(model, unfinished)
         weights = {name: tensor.contiguous() for name, tensor in model.clip.state_dict().items()}
@@ -123,7 +124,7 @@ def compare_with_open_clip(model: ContrastiveModel, folder: Path) -> float:
 
 
 def _load_checkpoint(checkpoint: Path) -> ContrastiveModel:
-    description = checkpoint.parent.parent / DESCRIPTION_FOLDER
+    description = checkpoint.resolve().parent.parent / DESCRIPTION_FOLDER
     if not (description / CONFIG_NAME).is_file():
         raise UserError(f"{checkpoint} stands outside a run directory; its model is described in {description}")
     return load_folder(description, weights=checkpoint / CHECKPOINT_WEIGHTS_NAME)

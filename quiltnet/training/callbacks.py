@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quiltnet.distributed import all_gather_object, broadcast_object, is_main, mean_over_ranks
+from quiltnet.distributed import all_gather_object, broadcast_object, is_main, mean_over_ranks, on_main
 from quiltnet.errors import UserError
-from quiltnet.training.checkpoint import save_checkpoint
+from quiltnet.training.checkpoint import checkpoint_path, save_checkpoint
 from quiltnet.training.engine import Callback, Pairs, TrainState
 from quiltnet.training.loggers import LoggerGroup, cut_after
 
@@ -38,9 +38,12 @@ class LogMetrics(Callback):
         self.samples_per_epoch = samples_per_epoch
 
     def fit_start(self, state: TrainState) -> None:
-        self._begin_window()
+        self._steps: list[dict[str, Tensor]] = []
 
     def step_end(self, state: TrainState, batch: Pairs, metrics: dict[str, Tensor]) -> None:
+        if not self._steps:
+            # From the asking for the first batch: what other callbacks did in between is not training time.
+            self._start = time.perf_counter() - metrics["step_s"].item()
         self._steps.append(metrics)
         if state.passed(self.every_samples):
             self._log(state)
@@ -48,10 +51,6 @@ class LogMetrics(Callback):
     def fit_end(self, state: TrainState) -> None:
         if self._steps:
             self._log(state)
-
-    def _begin_window(self) -> None:
-        self._steps: list[dict[str, Tensor]] = []
-        self._start = time.perf_counter()
 
     def _log(self, state: TrainState) -> None:  # all ranks
         device = state.accelerator.device
@@ -61,13 +60,14 @@ class LogMetrics(Callback):
         elapsed_s = time.perf_counter() - self._start
         samples = len(self._steps) * state.global_batch_size
         waited_s = means.pop("data_wait_s") * len(self._steps)
+        del means["step_s"]
         line = {f"train/{name}": value for name, value in means.items()}
         line["train/learning_rate"] = state.optimizer.param_groups[0]["lr"]
         line["train/samples_per_s"] = samples / elapsed_s
         line["train/epoch"] = state.samples_seen / self.samples_per_epoch
         line["data/wait_share"] = waited_s / elapsed_s
         self.logger.log(line, state.samples_seen)
-        self._begin_window()
+        self._steps = []
 
 
 class Quarantine(Callback):
@@ -94,15 +94,18 @@ class Quarantine(Callback):
         self.every_samples = every_samples
         self.max_fraction = max_fraction
         self.missing = dict(missing or {})
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()  # by reason, of samples that were drawn
         self._pending: list[tuple[str, str]] = []
 
     def fit_start(self, state: TrainState) -> None:
         if state.samples_seen and is_main():
             cut_after(self.path, state.samples_seen)
-        self.counts = broadcast_object(self._recount())
-        if not state.samples_seen:
-            self._write([(shard, "truncated_tar", count) for shard, count in self.missing.items()], samples_seen=0)
+        self.counts = on_main(self._recount)
+        if self.missing:
+            self.logger.log({"data/missing_samples": sum(self.missing.values())}, state.samples_seen)
+            self._write(
+                [(shard, "missing_from_tar", count) for shard, count in self.missing.items()], state.samples_seen
+            )
 
     def step_end(self, state: TrainState, batch: Pairs, metrics: dict[str, Tensor]) -> None:
         self._pending += batch.rejected
@@ -114,12 +117,13 @@ class Quarantine(Callback):
 
     def _flush(self, state: TrainState) -> None:  # all ranks
         found = [(key, reason, 1) for of_rank in all_gather_object(self._pending) for key, reason in of_rank]
+        self.counts.update(reason for _, reason, _ in found)
         self._pending = []
         self._write(found, state.samples_seen)
         if not self.counts:
             return
         self.logger.log({f"data/rejected_{reason}": n for reason, n in sorted(self.counts.items())}, state.samples_seen)
-        bad = sum(self.counts.values()) - sum(self.missing.values())
+        bad = sum(self.counts.values())
         if bad > self.max_fraction * max(state.samples_seen, _SAMPLES_BEFORE_JUDGING):
             raise UserError(
                 f"{bad} of {state.samples_seen} samples were broken ({dict(self.counts)}), more than "
@@ -127,8 +131,6 @@ class Quarantine(Callback):
             )
 
     def _write(self, found: Sequence[tuple[str, str, int]], samples_seen: int) -> None:
-        for _, reason, count in found:
-            self.counts[reason] += count
         if not found or not is_main():
             return
         with self.path.open("a", encoding="utf-8") as file:
@@ -138,10 +140,10 @@ class Quarantine(Callback):
 
     def _recount(self) -> Counter[str]:
         counts: Counter[str] = Counter()
-        if is_main() and self.path.exists():
+        if self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                counts[row["reason"]] += row["samples"]
+                counts[json.loads(line)["reason"]] += 1
+        counts.pop("missing_from_tar", None)
         return counts
 
 
@@ -153,6 +155,10 @@ class SaveCheckpoint(Callback):
         self.every_samples = every_samples
         self.keep = keep
         self._saved_at = -1
+
+    def fit_start(self, state: TrainState) -> None:
+        if on_main(lambda: checkpoint_path(self.root, state.samples_seen).exists()):  # a finished run, resumed
+            self._saved_at = state.samples_seen
 
     def step_end(self, state: TrainState, batch: Pairs, metrics: dict[str, Tensor]) -> None:
         if state.passed(self.every_samples):
@@ -198,9 +204,12 @@ class Evaluate(Callback):
         if state.samples_seen == 0:
             self._evaluate(state)
             return
-        # Only rank 0 may see the run directory; all ranks must take the same branch.
-        kept = broadcast_object(_read_json(self.results) if is_main() else {})
+        kept = on_main(lambda: _read_json(self.results))
         self.start, self.last = kept.get("start", {}), kept.get("last", {})
+        if not self.start:  # continues from another run's checkpoint
+            self._evaluate(state)
+        elif kept["samples_seen"] == state.samples_seen:
+            self._evaluated_at = state.samples_seen
 
     def step_end(self, state: TrainState, batch: Pairs, metrics: dict[str, Tensor]) -> None:
         if self.every_samples is not None and state.passed(self.every_samples):

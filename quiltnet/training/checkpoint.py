@@ -29,7 +29,7 @@ def save_checkpoint(root: Path, state: dict[str, Any], *, keep: int | None = Non
         state: ``TrainState.state_dict()``.
         keep: delete all but the newest ``keep``.
     """
-    target = root / f"{_PREFIX}{state['samples_seen']:012d}"
+    target = checkpoint_path(root, state["samples_seen"])
     unfinished = root / f"{_UNFINISHED}{target.name}"
     for leftover in root.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(leftover)
@@ -48,6 +48,11 @@ def save_checkpoint(root: Path, state: dict[str, Any], *, keep: int | None = Non
     return target
 
 
+def checkpoint_path(root: Path, samples_seen: int) -> Path:
+    """Where the checkpoint of that moment lies, or would."""
+    return root / f"{_PREFIX}{samples_seen:012d}"
+
+
 def load_checkpoint(folder: Path) -> dict[str, Any]:
     """What ``save_checkpoint`` was given, on the CPU; ``load_state_dict`` moves it to where it belongs."""
     if not (folder / STATE_NAME).is_file():
@@ -64,6 +69,13 @@ def list_checkpoints(root: Path) -> list[Path]:
 def latest_checkpoint(root: Path) -> Path | None:
     """The newest finished checkpoint under ``root``, if there is one."""
     return next(reversed(list_checkpoints(root)), None)
+
+
+def forget_after(root: Path, samples_seen: int) -> None:
+    """Delete checkpoints that lie after ``samples_seen``: a run that goes on from there leaves their course."""
+    for checkpoint in list_checkpoints(root):
+        if int(checkpoint.name.removeprefix(_PREFIX)) > samples_seen:
+            shutil.rmtree(checkpoint)
 
 
 def _fsync(path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
@@ -118,7 +119,9 @@ def build_accelerator(precision: str = "fp32", *, deterministic: bool = False, c
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
+    # A sweep's next trial may ask for another precision; accelerate keeps the first one's for the process.
+    AcceleratorState._reset_state()
     buckets = DistributedDataParallelKwargs(find_unused_parameters=deterministic, gradient_as_bucket_view=True)
     # Without cpu=True on a machine that has only that, accelerate 1.15 starts the process group but leaves the model
     # unwrapped: the ranks would train apart, without a word.
@@ -176,6 +179,7 @@ def fit(
         waited_s = time.perf_counter() - asked
         metrics = train_step(state, batch, loss, max_grad_norm=max_grad_norm)
         metrics["data_wait_s"] = torch.tensor(waited_s)
+        metrics["step_s"] = torch.tensor(time.perf_counter() - asked)
         for callback in callbacks:
             callback.step_end(state, batch, metrics)
     for callback in callbacks:

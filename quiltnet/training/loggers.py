@@ -69,9 +69,20 @@ class WandbLogger:
             )
         self._options = {"project": project, "entity": entity, "group": group, "mode": mode}
 
-    def start(self, directory: Path, name: str, config: Mapping[str, Any]) -> None:
-        settings = wandb.Settings(silent=True, console="off")
-        self._run = wandb.init(dir=directory, name=name, config=dict(config), settings=settings, **self._options)
+    def start(self, directory: Path, name: str, config: Mapping[str, Any], resumed_at: int | None = None) -> None:
+        """One W&B run for a run and its continuations: its id lies in the run directory."""
+        id_file = directory / "wandb_id.txt"
+        if resumed_at is None or not id_file.exists():
+            id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+        self._run = wandb.init(
+            dir=directory,
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
+            name=name,
+            config=dict(config),
+            settings=wandb.Settings(silent=True, console="off"),
+            **self._options,
+        )
         self._run.define_metric("*", step_metric="samples_seen")
 
     def log(self, metrics: Metrics, samples_seen: int) -> None:
@@ -88,10 +99,11 @@ class TensorBoardLogger:
         if importlib.util.find_spec("tensorboard") is None:
             raise UserError("logger=[tensorboard] needs the package: pip install tensorboard")
 
-    def start(self, directory: Path, name: str, config: Mapping[str, Any]) -> None:
+    def start(self, directory: Path, name: str, config: Mapping[str, Any], resumed_at: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory / "tensorboard"))
+        purge_step = None if resumed_at is None else resumed_at + 1
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge_step)
         self._writer.add_text(f"{name}/config", f"```json\n{json.dumps(config, indent=2)}\n```")
 
     def log(self, metrics: Metrics, samples_seen: int) -> None:

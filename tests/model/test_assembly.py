@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from quiltnet.errors import UserError
-from quiltnet.model.assembly import build_model, load_folder
+from quiltnet.model.assembly import assemble, build_model, load_folder
 from quiltnet.model.folder import WEIGHTS_NAME, write_description
 from tests.model.towers import TINY_IMAGE, TINY_TEXT, TINY_VIT, bert_folder, tiny_model
 
@@ -183,6 +183,14 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path):
         ({}, "either an open_clip architecture, or"),
         ({"architecture": "ViT-B-32", "batchnorm": "sync"}, "choose 'frozen' or 'train'"),
         ({"architecture": "coca_ViT-B-32"}, "choose a CLIP architecture"),
+        ({"architecture": "ViT-B-32", "embed_dim": 7}, "for two towers"),
+        ({"architecture": "ViT-B-32", "mean": [0.5]}, "three numbers"),
+        ({"image": {**TINY_IMAGE, "pretrained": True}, "text": TINY_TEXT, "embed_dim": 8}, "takes a path"),
+        ({"image": TINY_VIT, "text": {**TINY_TEXT, "pretrained": True}, "embed_dim": 8}, "takes a path"),
+        (
+            {"image": {"architecture": "ViT-B-32-quickgelu"}, "text": {"architecture": "ViT-B-32"}, "embed_dim": 8},
+            "different activations",
+        ),
     ],
     ids=str,
 )
@@ -212,6 +220,26 @@ def test_a_context_longer_than_the_tower_is_refused(tmp_path):
 def test_without_a_network_the_hub_fails_with_the_file_to_give(arguments, message):
     with pytest.raises(UserError, match=f"(?s){message}"):
         build_model(**arguments)
+
+
+def test_a_tower_taken_from_an_architecture_keeps_its_activation():
+    image = {"architecture": "ViT-B-32-quickgelu", "layers": 1, "width": 64}
+    model = build_model(image=image, text=TINY_TEXT, embed_dim=16)
+    activation = model.clip.visual.transformer.resblocks[0].mlp.gelu
+    assert isinstance(activation, open_clip.transformer.QuickGELU)
+
+
+def test_options_of_a_tokenizer_reach_it(tmp_path):
+    text = {**TINY_TEXT, "tokenizer_kwargs": {"clean": "canonicalize"}}
+    model = build_model(image=TINY_IMAGE, text=text, embed_dim=16)
+    torch.testing.assert_close(model.tokenize(["H&E, a gland."]), model.tokenize(["he a gland"]))
+
+
+def test_a_bias_that_no_loss_uses_asks_for_no_gradient():
+    model = tiny_model()
+    model.description.model_cfg["init_logit_bias"] = -10
+    with_bias = assemble(model.description, model.tokenize)
+    assert not with_bias.clip.logit_bias.requires_grad
 
 
 def test_quickgelu_follows_the_weights(monkeypatch, tmp_path):

@@ -99,13 +99,10 @@ def test_quarantine_counts_by_reason_and_lists_keys(tmp_path):
     recorder, path = Recorder(), tmp_path / "quarantine.jsonl"
     quarantine = Quarantine(path, recorder, every_samples=[8], max_fraction=0.5, missing={"a.tar": 3})
     train([quarantine], rejected=[("key1", "broken_image"), ("key2", "no_caption")])
-    assert recorder[-1][1] == {
-        "data/rejected_broken_image": 4,
-        "data/rejected_no_caption": 4,
-        "data/rejected_truncated_tar": 3,
-    }
+    assert recorder[0] == (0, {"data/missing_samples": 3})
+    assert recorder[-1][1] == {"data/rejected_broken_image": 4, "data/rejected_no_caption": 4}
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows[0] == {"samples_seen": 0, "key": "a.tar", "reason": "truncated_tar", "samples": 3}
+    assert rows[0] == {"samples_seen": 0, "key": "a.tar", "reason": "missing_from_tar", "samples": 3}
     assert [row["key"] for row in rows[1:]] == ["key1", "key2"] * 4
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from quiltnet.errors import UserError
 from quiltnet.model.assembly import build_model
 from quiltnet.training.optim import WarmupCosine, adamw, parameter_groups
+from tests.model.towers import TINY_VIT, bert_folder
 
 
 def test_scale_norms_biases_and_positions_do_not_decay():
@@ -24,6 +25,15 @@ def test_scale_norms_biases_and_positions_do_not_decay():
     assert {"clip.ln_final.weight", "clip.visual.ln_post.bias"} <= exempt
     assert {"clip.visual.proj", "clip.text_projection", "clip.visual.conv1.weight"} <= decayed
     assert len(exempt) + len(decayed) == len(list(model.parameters()))
+
+
+def test_positions_of_timm_and_hugging_face_towers_do_not_decay(tmp_path):
+    text = {"hf_model_name": str(bert_folder(tmp_path)), "hf_pooler_type": "mean_pooler", "context_length": 20}
+    model = build_model(image=TINY_VIT, text=text, embed_dim=16)
+    exempt = model.no_weight_decay()
+    assert {"clip.visual.trunk.pos_embed", "clip.visual.trunk.cls_token"} <= exempt
+    assert "clip.text.transformer.embeddings.position_embeddings.weight" in exempt
+    assert exempt & {name for name, _ in model.named_parameters()}
 
 
 def test_frozen_parameters_are_in_no_group():

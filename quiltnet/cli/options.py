@@ -1,0 +1,85 @@
+"""What the options of a run may be: a text where a number belongs ends here, not an hour later in a traceback."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from quiltnet.errors import UserError
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _optional(rule: Rule) -> Rule:
+    check, words = rule
+    return (lambda value: value is None or check(value)), f"{words}, or null"
+
+
+def _one_of(*choices: str) -> Rule:
+    return choices.__contains__, f"one of {', '.join(choices)}"
+
+
+COUNT: Rule = (lambda value: _is_whole(value) and value >= 1), "a whole number of at least 1"
+WHOLE: Rule = (lambda value: _is_whole(value) and value >= 0), "a whole number of at least 0"
+NUMBER: Rule = _is_number, "a number"
+POSITIVE: Rule = (lambda value: _is_number(value) and value > 0), "a number above 0"
+SHARE: Rule = (lambda value: _is_number(value) and 0 <= value <= 1), "a number between 0 and 1"
+SWITCH: Rule = (lambda value: isinstance(value, bool)), "true or false"
+NAME: Rule = (lambda value: isinstance(value, str) and value != ""), "a name or path"
+RANGE: Rule = (
+    (lambda value: OmegaConf.is_list(value) and len(value) == 2 and all(map(_is_number, value))),
+    "two numbers: [least,most]",
+)
+
+RULES: dict[str, Rule] = {
+    "output_dir": NAME,
+    "overwrite": SWITCH,
+    "resume": _optional(NAME),
+    "seed": WHOLE,
+    "global_batch_size": COUNT,
+    "epochs": _optional(POSITIVE),
+    "total_samples": _optional(COUNT),
+    "precision": _one_of("fp32", "bf16", "fp16"),
+    "deterministic": SWITCH,
+    "max_grad_norm": _optional(POSITIVE),
+    "monitor": _optional(NAME),
+    "data.train.workers": WHOLE,
+    "data.train.crop_scale": RANGE,
+    "data.train.horizontal_flip": SWITCH,
+    "data.train.vertical_flip": SWITCH,
+    "data.max_bad_fraction": SHARE,
+    "schedule.warmup_samples": _optional(WHOLE),
+    "schedule.final_factor": SHARE,
+    "optim.lr": NUMBER,
+    "optim.weight_decay": (lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
+    "callbacks.log_every_samples": _optional(COUNT),
+    "callbacks.evaluate_every_samples": _optional(COUNT),
+    "callbacks.checkpoint_every_samples": _optional(COUNT),
+    "callbacks.keep_checkpoints": COUNT,
+}
+
+
+def check_ranges(cfg: DictConfig) -> None:
+    """Raises UserError for the first option that is not what it must be; options that the config lacks are passed."""
+    for name, (allows, words) in RULES.items():
+        value = OmegaConf.select(cfg, name, default=_ABSENT)
+        if value is not _ABSENT and not allows(value):
+            raise UserError(f"{name}={value} must be {words}")
+    for name, evaluator in cfg.evaluator.items():
+        for option, (allows, words) in {"batch_size": COUNT, "workers": WHOLE}.items():
+            if option in evaluator and not allows(evaluator[option]):
+                raise UserError(f"evaluator.{name}.{option}={evaluator[option]} must be {words}")
+
+
+_ABSENT = object()
