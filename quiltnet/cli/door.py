@@ -37,7 +37,7 @@ def at_the_door(command: Callable[P, Any]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            print("interrupted; a training run goes on with resume=auto", file=sys.stderr)
             raise SystemExit(130) from None
         except Exception as error:
             leave_if_user_error(error)

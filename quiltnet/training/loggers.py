@@ -151,7 +151,7 @@ class ConsoleLogger:
 
         columns = (
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(bar_width=20),
             TextColumn("{task.fields[facts]}"),
             TimeRemainingColumn(),
         )
