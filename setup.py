@@ -40,6 +40,7 @@ setup(
         "open_clip_torch>=3.3",
         "pandas>=2.0",
         "Pillow>=10.0",
+        "pyarrow",  # pandas reads parquet with it
         "rich>=13.0",
         "safetensors>=0.4.3",
         "scikit-learn>=1.4",

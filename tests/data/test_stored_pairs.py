@@ -169,8 +169,18 @@ def test_shard_pairs_name_what_is_broken(tmp_path):
     members = {"good.jpg": JPEG, "good.txt": "x", "bad.jpg": JPEG[:-60], "bad.txt": "y"}
     pairs = ShardPairs(write_tar(tmp_path / "a.tar", members))
     assert pairs[0][1] == ["x"]
-    with pytest.raises(BrokenSample, match="bad: broken_image"):
+    with pytest.raises(UserError, match=r"held-out pair bad cannot be read \(broken_image\)"):
         pairs[1]
+
+
+def test_held_out_pairs_are_all_there_or_refused(make_shards):
+    folder = make_shards(10, samples_per_shard=5)
+    tar = sorted(folder.glob("*.tar"))[0]
+    with tarfile.open(tar) as whole:
+        cut = whole.getmembers()[4].offset  # the first two samples stay
+    tar.write_bytes(tar.read_bytes()[:cut] + bytes(1024))
+    with pytest.raises(UserError, match="lack samples that their manifest lists"):
+        ShardPairs(folder)
 
 
 def test_json_of_a_stranger_cannot_set_the_image_id(tmp_path):
