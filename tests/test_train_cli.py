@@ -21,7 +21,7 @@ from quiltnet.cli.shard import Format, shard
 from tests.commands import environment, train, train_well
 from tests.conftest import ROOT
 from tests.model.towers import tiny_model
-from tests.training.test_loggers import read_wandb
+from tests.training.test_loggers import logged_to_wandb
 
 CONF = str(ROOT / "conf")
 
@@ -270,9 +270,8 @@ def test_wandb_offline_shows_what_metrics_jsonl_shows(drawn_shards, tmp_path):
     wandb = ["logger=[wandb,tensorboard]", "logger.wandb.mode=offline", f"data.val.shards={drawn_shards}/val"]
     train_well(tmp_path, *options, *wandb)
     run = tmp_path / "outputs" / "w"
-    (file,) = run.glob("wandb/offline-run-*/*.wandb")
-    theirs = [{k: v for k, v in row.items() if not k.startswith("_")} for row in read_wandb(file)]
-    assert theirs == [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    ours = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert logged_to_wandb(run, len(ours)) == ours
     assert list(run.glob("tensorboard/events.*"))
 
 
@@ -290,10 +289,12 @@ def test_broken_samples_are_counted_and_training_goes_on(drawn_shards, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "outputs/x/metrics.jsonl").read_text().splitlines()]
     counts = [line for line in lines if any(name.startswith("data/rejected_") for name in line)][-1]
     reasons = {"broken_image", "not_an_image", "empty_image", "truncated_tar"}
-    assert [line["data/missing_samples"] for line in lines if "data/missing_samples" in line] == [6]
+    missing = [line["data/missing_samples"] for line in lines if "data/missing_samples" in line]
+    assert len(missing) == 1 and 4 <= missing[0] <= 7, "about half of a tar of 13"
     assert {name.removeprefix("data/rejected_") for name in counts if name != "samples_seen"} == reasons
     rows = [json.loads(line) for line in (tmp_path / "outputs/x/quarantine.jsonl").read_text().splitlines()]
     assert {row["reason"] for row in rows} == {*reasons, "missing_from_tar"}
+    assert [row["samples"] for row in rows if row["reason"] == "missing_from_tar"] == missing
     for reason in reasons:
         assert sum(row["samples"] for row in rows if row["reason"] == reason) == counts[f"data/rejected_{reason}"]
     assert max(line["samples_seen"] for line in lines) == 216

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -73,7 +74,7 @@ class WandbLogger:
         """One W&B run for a run and its continuations: its id lies in the run directory."""
         id_file = directory / "wandb_id.txt"
         if resumed_at is None or not id_file.exists():
-            id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         self._run = wandb.init(
             dir=directory,
             id=id_file.read_text(encoding="utf-8"),

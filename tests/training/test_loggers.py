@@ -6,6 +6,7 @@ import io
 import json
 import math
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,15 @@ def read_wandb(path: Path) -> Iterator[dict[str, float]]:
                 yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
+def logged_to_wandb(directory: Path, rows: int) -> list[dict[str, float]]:
+    """Scalars of the offline run below ``directory``; its writer is a process of its own, which may lag behind."""
+    (file,) = directory.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 30
+    while len(history := list(read_wandb(file))) < rows and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return [{name: value for name, value in row.items() if not name.startswith("_")} for row in history]
+
+
 def log_all(logger) -> None:
     for metrics, samples_seen in LINES:
         logger.log(metrics, samples_seen)
@@ -83,10 +93,8 @@ def test_wandb_offline_holds_the_scalars_of_metrics_jsonl(tmp_path):
     wandb = WandbLogger(mode="offline")
     wandb.start(tmp_path, name="run", config={"lr": 1e-5})
     log_all(LoggerGroup([JsonlLogger(tmp_path / "metrics.jsonl"), wandb]))
-    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     ours = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    theirs = [{k: v for k, v in row.items() if not k.startswith("_")} for row in read_wandb(file)]
-    assert theirs == ours
+    assert logged_to_wandb(tmp_path, len(ours)) == ours
 
 
 def test_wandb_mode_is_checked():
