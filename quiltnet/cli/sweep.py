@@ -20,7 +20,7 @@ def is_trial() -> bool:
 
 def trial_directory(cfg: DictConfig) -> Path:
     """``outputs/<run_name>/trial-000``: a directory for each trial, below that of the sweep."""
-    return Path(cfg.output_dir) / cfg.run_name / f"trial-{HydraConfig.get().job.num:03d}"
+    return Path(cfg.output_dir) / str(cfg.run_name) / f"trial-{HydraConfig.get().job.num:03d}"
 
 
 def monitored(cfg: DictConfig) -> str | None:

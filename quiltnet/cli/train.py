@@ -84,7 +84,7 @@ def run_train(cfg: DictConfig) -> float | None:  # all ranks
     if is_main():
         forget_after(run.checkpoints, state.samples_seen)
         _print_plan(run, state, parts.clock, parts.loader)
-    logger = _start_loggers(parts, cfg.run_name, run, state)
+    logger = _start_loggers(parts, str(cfg.run_name), run, state)
     callbacks, evaluate = _make_callbacks(cfg, parts, run, logger)
     try:
         with closing(logger), closing(parts.loader):
@@ -200,7 +200,7 @@ def _resolved(cfg: DictConfig, clock: Clock) -> dict[str, Any]:
 
 def _enter_run_directory(cfg: DictConfig, parts: Parts) -> RunDirectory:  # all ranks
     """Rank 0 decides and makes it; all ranks go on, or stop with the same message."""
-    path = trial_directory(cfg) if is_trial() else Path(cfg.output_dir) / cfg.run_name
+    path = trial_directory(cfg) if is_trial() else Path(cfg.output_dir) / str(cfg.run_name)
     data = parts.loader.describe()
 
     def enter() -> RunDirectory:
