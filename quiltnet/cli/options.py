@@ -42,6 +42,8 @@ RANGE: Rule = (
     "two numbers: [least,most]",
 )
 
+_ABSENT = object()
+
 RULES: dict[str, Rule] = {
     "output_dir": NAME,
     "overwrite": SWITCH,
@@ -80,6 +82,3 @@ def check_ranges(cfg: DictConfig) -> None:
         for option, (allows, words) in {"batch_size": COUNT, "workers": WHOLE}.items():
             if option in evaluator and not allows(evaluator[option]):
                 raise UserError(f"evaluator.{name}.{option}={evaluator[option]} must be {words}")
-
-
-_ABSENT = object()

@@ -20,6 +20,7 @@ import torch
 from omegaconf import OmegaConf
 
 from quiltnet.errors import UserError
+from quiltnet.release.hub import CHECKPOINTS_FOLDER, DESCRIPTION_FOLDER
 from quiltnet.training.checkpoint import latest_checkpoint
 
 CONFIG_NAME = "config.yaml"
@@ -47,7 +48,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS_FOLDER
 
     @property
     def metrics(self) -> Path:
@@ -63,7 +64,7 @@ class RunDirectory:
 
     @property
     def model(self) -> Path:
-        return self.path / "model"
+        return self.path / DESCRIPTION_FOLDER
 
 
 def check_run_directory(
@@ -81,7 +82,7 @@ def check_run_directory(
     checkpoint = _named_checkpoint(path, resume)
     if checkpoint is not None:
         _refuse_changes(checkpoint.parent.parent, config, data)
-        if checkpoint.parent == path / "checkpoints":
+        if checkpoint.parent == path / CHECKPOINTS_FOLDER:
             return RunDirectory(path, checkpoint)
     used = path.exists() and any(path.iterdir())
     if not used:
@@ -149,11 +150,11 @@ def _named_checkpoint(path: Path, resume: str | None) -> Path | None:
     if resume is None:
         return None
     if resume == "auto":
-        return latest_checkpoint(path / "checkpoints")
+        return latest_checkpoint(path / CHECKPOINTS_FOLDER)
     checkpoint = Path(resume)
     if not checkpoint.is_dir():
         raise UserError(f"resume={resume}: no such checkpoint; resume=auto finds the newest of this run")
-    own = path / "checkpoints" / checkpoint.name
+    own = path / CHECKPOINTS_FOLDER / checkpoint.name
     return own if own.exists() and own.samefile(checkpoint) else checkpoint.resolve()
 
 

@@ -30,9 +30,8 @@ class Plan:
     description: Description
     architecture: str | None = None
     weights: Path | None = None
-    tells_training: bool = (
-        False  # a tag or a folder says what its weights were trained with, a file of tensors does not
-    )
+    # A tag or a folder says what its weights were trained with, a file of tensors does not.
+    tells_training: bool = False
     image: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] = field(default_factory=dict)
 
@@ -49,8 +48,8 @@ def plan_architecture(architecture: str, pretrained: str | None) -> Plan:
     """One of open_clip's architectures; ``pretrained`` is a tag, a file or a folder."""
     model_cfg = open_clip.get_model_config(architecture)
     if model_cfg is None:
-        near = difflib.get_close_matches(architecture, open_clip.list_models(), n=5, cutoff=0.3)
-        raise UserError(f"unknown architecture {architecture!r}; the nearest of open_clip's: {', '.join(near)}")
+        near = _nearest(architecture, open_clip.list_models())
+        raise UserError(f"unknown architecture {architecture!r}; the nearest of open_clip's: {near}")
     plan = Plan(Description(model_cfg, asdict(PreprocessCfg())), architecture)
     if pretrained is None:
         return plan
@@ -145,6 +144,9 @@ def _tower_cfg(which: str, tower: Mapping[str, Any], known: type) -> dict[str, A
 
 def _timm_default(name: str) -> Any:
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.3)
-        raise UserError(f"unknown timm model {name!r}; the nearest names: {', '.join(near)}")
+        raise UserError(f"unknown timm model {name!r}; the nearest names: {_nearest(name, timm.list_models())}")
     return timm.get_pretrained_cfg(name)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    return ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.3))

@@ -187,15 +187,15 @@ def _tokenizer(plan: Plan) -> Tokenizer:
     context_length = text_cfg.setdefault("context_length", CLIPTextCfg.context_length)
     remedy = "give a local folder with its vocabulary: model.text.hf_tokenizer_name=/path/to/folder"
     name = text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name")
+    options = text_cfg.get("tokenizer_kwargs") or {}
     if plan.architecture is not None and (name is not None or "siglip" in plan.architecture.lower()):
         with hub_access(f"the tokeniser of {plan.architecture}", remedy):
             return built_in_tokenizer(plan.architecture, context_length)
     if name is None:
-        return bpe_tokenizer(context_length, **(text_cfg.get("tokenizer_kwargs") or {}))
+        return bpe_tokenizer(context_length, **options)
     text_cfg["hf_tokenizer_name"] = _text_tower_source(name)
     is_local = Path(text_cfg["hf_tokenizer_name"]).is_dir()
     with nullcontext() if is_local else hub_access(f"the tokeniser {name}", remedy):
-        options = text_cfg.get("tokenizer_kwargs") or {}
         return hugging_face_tokenizer(text_cfg["hf_tokenizer_name"], context_length, **options)
 
 

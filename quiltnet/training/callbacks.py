@@ -101,7 +101,8 @@ class Quarantine(Callback):
         if state.samples_seen and is_main():
             cut_after(self.path, state.samples_seen)
         self.counts = on_main(self._recount)
-        if self.missing:
+        recorded = self.counts.pop("missing_from_tar", 0)  # by the run that this one continues
+        if self.missing and not recorded:
             self.logger.log({"data/missing_samples": sum(self.missing.values())}, state.samples_seen)
             self._write(
                 [(shard, "missing_from_tar", count) for shard, count in self.missing.items()], state.samples_seen
@@ -143,7 +144,6 @@ class Quarantine(Callback):
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 counts[json.loads(line)["reason"]] += 1
-        counts.pop("missing_from_tar", None)
         return counts
 
 

@@ -123,6 +123,17 @@ def test_a_resumed_quarantine_goes_on_counting(tmp_path):
     assert recorder[-1] == (16, {"data/rejected_no_image": 4})
 
 
+def test_missing_samples_are_written_down_once(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    for samples_seen, lines in ((0, 1), (8, 0)):
+        recorder, state = Recorder(), new_state()
+        state.samples_seen = samples_seen
+        quarantine = Quarantine(path, recorder, every_samples=[4], max_fraction=1, missing={"a.tar": 3})
+        quarantine.fit_start(state)
+        assert len(recorder) == lines and not quarantine.counts
+    assert len(path.read_text().splitlines()) == 1
+
+
 def test_scale_is_clamped_and_gradients_are_clipped():
     state = new_state()
     state.model.clip.logit_scale.data.fill_(8.0)
