@@ -10,7 +10,7 @@ from pathlib import Path
 
 import braceexpand
 
-from quiltnet.data.shards import MANIFEST_NAME, read_manifest
+from quiltnet.data.manifest import MANIFEST_NAME, read_manifest
 from quiltnet.errors import UserError
 
 HYDRA_QUOTES = (

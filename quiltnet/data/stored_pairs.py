@@ -5,59 +5,73 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 from quiltnet.data.decoding import BrokenSample
 from quiltnet.data.pairs import image_id
 from quiltnet.data.shard_files import ShardFile
-from quiltnet.data.tar_index import TarIndex
+from quiltnet.data.tar_index import TarIndex, cache_folder, ensure_index
 from quiltnet.errors import UserError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp")
+# npy: pixels as `quiltnet prepare --raw` keeps them.
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp", "npy")
 WANTED_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, "json", "txt"))
 
 CAPTION_PROBE = 16  # samples of a shard that are looked at before it is said to have no captions
+OPEN_INDICES = 4096  # Linux allows a process 65,530 maps
 
 
 @dataclass(frozen=True)
 class StoredPair:
-    """A sample as it lies in a shard: the bytes of an image, at least one caption, and ids."""
+    """A sample as it lies in a shard: the bytes of an image, at least one caption, ids, and its json, if it has one."""
 
     key: str
     image: bytes
     captions: list[str]
     image_id: str
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 class StoredPairs:
     """The samples of several shards as one sequence, in shard order.
 
-    A caption is what ``captions`` or ``caption`` of the sample's json say, else its txt. The image id is that
-    of our own json; elsewhere it is made from the names of folder, shard and key.
+    Args:
+        shards: local tars.
+        report: called with (number of shards looked at, their number), since a first look at a large set takes time.
 
     Attributes:
+        counts: samples of each shard.
         missing: number of samples, by shard, that a manifest promises and a tar lacks; at least 1 of a tar
             that breaks off where nothing says how many it held.
 
     Raises:
-        UserError: a shard is no tar, is empty, or has no captions.
+        UserError: a shard is no tar, is empty, or has no captions; the cache of indices cannot be written.
     """
 
-    def __init__(self, shards: Sequence[ShardFile]) -> None:
+    def __init__(self, shards: Sequence[ShardFile], report: Callable[[int, int], None] | None = None) -> None:
         self.shards = list(shards)
-        self._indices = [_open_index(shard) for shard in shards]
-        self._ends = np.cumsum([len(index) for index in self._indices])
-        self.missing = {
-            str(shard.path): absent
-            for shard, index in zip(shards, self._indices, strict=True)
-            if (absent := _count_missing(shard, index)) > 0
-        }
+        self.missing: dict[str, int] = {}
+        self._files: list[tuple[str, str, int]] = []  # tar, index, time of the index
+        self.counts: list[int] = []
+        for number, shard in enumerate(self.shards):
+            index = _open_shard(shard)
+            self._files.append((str(shard.path), str(index.file), index.file.stat().st_mtime_ns))
+            self.counts.append(len(index))
+            absent = _count_missing(shard, index)
+            if absent > 0:
+                self.missing[str(shard.path)] = absent
+            if report is not None:
+                report(number + 1, len(self.shards))
+        self._ends = list(accumulate(self.counts))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def __getitem__(self, number: int) -> StoredPair:
         """Raises BrokenSample, with reason and key."""
@@ -65,37 +79,68 @@ class StoredPairs:
 
     def key(self, number: int) -> str:
         index, sample = self._locate(number)
-        return index.keys[sample]
+        return index.key(sample)
+
+    def shard_of(self, number: int) -> str:
+        """The tar that holds a sample."""
+        return self._files[bisect_right(self._ends, number)][0]
 
     def _locate(self, number: int) -> tuple[TarIndex, int]:
         number = range(len(self))[number]  # IndexError past the end
-        shard = int(np.searchsorted(self._ends, number, side="right"))
-        index = self._indices[shard]
-        return index, number - int(self._ends[shard]) + len(index)
+        shard = bisect_right(self._ends, number)
+        index = _opened(*self._files[shard])
+        return index, number - self._ends[shard] + len(index)
+
+
+def pair_from_members(key: str, members: Mapping[str, bytes], place: str) -> StoredPair:
+    """A sample from its files.
+
+    A caption is what ``captions`` or ``caption`` of the json say, else the txt. The image id is that of our own json;
+    elsewhere it is made from the place and the key.
+
+    Args:
+        members: contents by extension, in lower case; those that are no image, json or txt do not matter.
+        place: ``folder/shard.tar``.
+
+    Raises:
+        BrokenSample: no_image, several_images (which one do the captions describe?), unreadable_json, no_caption.
+    """
+    images = [data for extension, data in members.items() if extension in IMAGE_EXTENSIONS]
+    if len(images) != 1:
+        raise BrokenSample("several_images" if images else "no_image", key)
+    try:
+        record = _parse_json(members.get("json", b"{}"))
+        captions = _captions(record, members.get("txt", b""))
+    except BrokenSample as error:
+        raise BrokenSample(error.reason, key) from error
+    stated = record.get("image_id")
+    is_ours = isinstance(stated, str) and re.fullmatch("[0-9a-f]{16}", stated)
+    return StoredPair(key, images[0], captions, stated if is_ours else image_id(f"{place}/{key}"), record)
+
+
+@lru_cache(maxsize=OPEN_INDICES)
+def _opened(path: str, file: str, written: int) -> TarIndex:
+    """The index of a tar; ``written`` tells one that was made again from the one before."""
+    return TarIndex(Path(path), Path(file))
 
 
 def _read_pair(index: TarIndex, sample: int) -> StoredPair:
-    key = index.keys[sample]
+    key = index.key(sample)
     try:
-        contents = index.read(sample, WANTED_EXTENSIONS)
-        image = next((data for extension, data in contents.items() if extension in IMAGE_EXTENSIONS), None)
-        if image is None:
-            raise BrokenSample("no_image")
-        record = _parse_json(contents.get("json", b"{}"))
-        captions = _captions(record, contents.get("txt", b""))
+        members = index.read(sample, WANTED_EXTENSIONS)
+        return pair_from_members(key, members, "/".join(index.path.parts[-2:]))
     except EOFError as error:
         raise BrokenSample("truncated_tar", key) from error
+    except OSError as error:  # deleted or unreachable since the index was opened
+        raise BrokenSample("unreadable_shard", key) from error
     except BrokenSample as error:
         # The cut may have fallen between the members of a sample, or into its padding.
-        cut = index.is_truncated and sample == len(index) - 1
-        raise BrokenSample("truncated_tar" if cut else error.reason, key) from error
-    stated = record.get("image_id")
-    is_ours = isinstance(stated, str) and re.fullmatch("[0-9a-f]{16}", stated)
-    folder, shard = index.path.parts[-2:]
-    return StoredPair(key, image, captions, stated if is_ours else image_id(f"{folder}/{shard}/{key}"))
+        if index.is_truncated and sample == len(index) - 1:
+            raise BrokenSample("truncated_tar", key) from error
+        raise
 
 
-def _parse_json(data: bytes) -> dict[str, object]:
+def _parse_json(data: bytes) -> dict[str, Any]:
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -105,7 +150,7 @@ def _parse_json(data: bytes) -> dict[str, object]:
     return record
 
 
-def _captions(record: dict[str, object], txt: bytes) -> list[str]:
+def _captions(record: dict[str, Any], txt: bytes) -> list[str]:
     stated = record.get("captions", record.get("caption"))
     texts = stated if isinstance(stated, list) else [stated]
     captions = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
@@ -115,21 +160,28 @@ def _captions(record: dict[str, object], txt: bytes) -> list[str]:
     return captions
 
 
-def _open_index(shard: ShardFile) -> TarIndex:
-    try:
-        index = TarIndex(shard.path)
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(
-            f"{shard.path} is not a tar that can be read ({error}); shards are uncompressed tars"
-        ) from error
+def _open_shard(shard: ShardFile) -> TarIndex:
+    index = TarIndex(shard.path, _index_file(shard.path))
     if not len(index):
         raise UserError(f"{shard.path} is an empty tar; leave it out, or pack it again")
     if not any(_has_caption(index, sample) for sample in range(min(len(index), CAPTION_PROBE))):
         raise UserError(
             f"{shard.path} has no captions: its samples need a .json with captions or caption, or a .txt; "
-            f"its first sample {index.keys[0]} has {', '.join(index.members(0))}"
+            f"its first sample {index.key(0)} has {', '.join(index.members(0))}"
         )
     return index
+
+
+def _index_file(tar: Path) -> Path:
+    try:
+        return ensure_index(tar)
+    except (tarfile.TarError, OSError) as error:
+        if str(cache_folder()) in str(getattr(error, "filename", None)):
+            raise UserError(
+                f"the index of {tar} cannot be kept in {cache_folder()} ({error}); "
+                "set QUILTNET_CACHE to a folder that can be written"
+            ) from error
+        raise UserError(f"{tar} is not a tar that can be read ({error}); shards are uncompressed tars") from error
 
 
 def _has_caption(index: TarIndex, sample: int) -> bool:

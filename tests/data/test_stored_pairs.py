@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from quiltnet.data.decoding import BrokenSample
+from quiltnet.data.held_out import ShardPairs
 from quiltnet.data.pairs import image_id
-from quiltnet.data.reading import ShardPairs
 from quiltnet.data.shard_files import ShardFile, resolve_shards
 from quiltnet.data.stored_pairs import StoredPairs
 from quiltnet.errors import UserError
