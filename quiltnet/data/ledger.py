@@ -1,48 +1,145 @@
-"""What became of every row of a table: the counts of a manifest and the lines of rejected.jsonl."""
+"""What became of every row: the report of each finished tar, and the totals of a manifest made from them."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
 from typing import Any, TextIO
 
-from quiltnet.data.pairs import ImageRows, PairRow, image_id
+import numpy as np
+
+SMALL_SIDE = 64  # pixels: an image with a shorter side than this shows next to nothing at a model's input size
+QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 
 
-class Ledger:
-    """Counts rows as packed, duplicate or rejected; a rejection is written down at once."""
+@dataclass
+class ShardReport:
+    """One planned tar, carried out. It is written down when the tar is on the disk: the two are what a stopped run
+    finds again.
 
-    def __init__(self, rejected_file: TextIO) -> None:
-        self._file = rejected_file
+    Attributes:
+        entry: of the manifest; None where not one of its samples could be used, and there is no tar.
+        left_out: places, within the tar's plan, of samples that were rejected.
+        rejected: rows by reason.
+        words: captions by number of words.
+        widths, heights: images by size in pixels; small: images with a side below ``SMALL_SIDE``.
+    """
+
+    entry: dict[str, Any] | None = None
+    samples: int = 0
+    captions: int = 0
+    duplicate_captions: int = 0
+    small: int = 0
+    left_out: list[int] = field(default_factory=list)
+    rejected: Counter[str] = field(default_factory=Counter)
+    words: Counter[int] = field(default_factory=Counter)
+    widths: Counter[int] = field(default_factory=Counter)
+    heights: Counter[int] = field(default_factory=Counter)
+
+    def accept(self, captions: Sequence[str], size: tuple[int, int], *, duplicates: int) -> None:
+        """Count a sample. size: (width, height) of its image."""
+        self.samples += 1
+        self.captions += len(captions)
+        self.duplicate_captions += duplicates
+        self.words.update(len(caption.split()) for caption in captions)
+        self.widths[size[0]] += 1
+        self.heights[size[1]] += 1
+        self.small += min(size) < SMALL_SIDE
+
+    def save(self, path: Path) -> None:
+        """Whole or absent."""
+        unfinished = path.with_name(f"{path.name}.partial")
+        with open(unfinished, "w", encoding="utf-8") as file:
+            json.dump(vars(self), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+
+
+def read_report(path: Path) -> ShardReport:
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("words", "widths", "heights"):  # JSON's names are text
+        saved[name] = Counter({int(number): count for number, count in saved[name].items()})
+    return ShardReport(**{**saved, "rejected": Counter(saved["rejected"])})
+
+
+class Totals:
+    """Adds up reports, one at a time."""
+
+    def __init__(self) -> None:
+        self._counts = Counter(samples=0, captions=0, duplicate_captions=0)
+        self._small = 0
         self.rejected: Counter[str] = Counter()
-        self.counts = Counter(rows=0, samples=0, captions=0, duplicate_captions=0)
-        self._image_splits: set[tuple[str, str]] = set()  # (image_id, split)
-        self._source_splits: set[tuple[str, str]] = set()
+        self._words: Counter[int] = Counter()
+        self._widths: Counter[int] = Counter()
+        self._heights: Counter[int] = Counter()
+        self._images: dict[str, list[np.ndarray]] = {}
+        self._sources: dict[str, list[np.ndarray]] = {}
 
-    def reject(self, rows: Sequence[PairRow], reason: str, detail: str = "") -> None:
-        self.counts["rows"] += len(rows)
-        self.rejected[reason] += len(rows)
-        for row in rows:
-            line = {"row": row.number, "image_path": row.image_path, "reason": reason, "detail": detail}
-            self._file.write(json.dumps(line) + "\n")
-
-    def accept(self, sample: ImageRows, distinct: Sequence[PairRow], duplicates: int) -> None:
-        self.counts.update(
-            rows=len(distinct) + duplicates, samples=1, captions=len(distinct), duplicate_captions=duplicates
+    def add(self, report: ShardReport, split: str, images: np.ndarray, sources: np.ndarray) -> None:
+        """images, sources: codes of the samples that were planned for the tar."""
+        self._counts.update(
+            samples=report.samples, captions=report.captions, duplicate_captions=report.duplicate_captions
         )
-        self._image_splits.add((image_id(sample.image_path), sample.split))
-        self._source_splits.add((distinct[0].source_id, sample.split))
+        self._small += report.small
+        self.rejected.update(report.rejected)
+        self._words.update(report.words)
+        self._widths.update(report.widths)
+        self._heights.update(report.heights)
+        self._images.setdefault(split, []).append(np.unique(np.delete(images, report.left_out)))
+        self._sources.setdefault(split, []).append(np.unique(np.delete(sources, report.left_out)))
 
-    def totals(self) -> dict[str, Any]:
-        images = Counter(image for image, _ in self._image_splits)
-        sources = Counter(source for source, _ in self._source_splits)
+    def as_dict(self) -> dict[str, Any]:
+        """``totals`` of a manifest; see ``read_manifest``."""
+        images, sources = _distinct(self._images), _distinct(self._sources)
+        rejected = {reason: rows for reason, rows in sorted(self.rejected.items()) if rows}
+        rows = self._counts["captions"] + self._counts["duplicate_captions"] + sum(rejected.values())
         return {
-            **self.counts,
-            "images": len(images),
-            "rejected": {reason: rows for reason, rows in sorted(self.rejected.items()) if rows},
-            "in_several_splits": {
-                "images": sum(splits > 1 for splits in images.values()),
-                "sources": sum(splits > 1 for splits in sources.values()),
+            "rows": rows,
+            **self._counts,
+            "images": _count(images),
+            "sources": _count(sources),
+            "rejected": rejected,
+            "in_several_splits": {"images": _count_shared(images), "sources": _count_shared(sources)},
+            "caption_words": quantiles(self._words),
+            "image_sizes": {
+                "width": quantiles(self._widths),
+                "height": quantiles(self._heights),
+                f"below_{SMALL_SIDE}": self._small,
             },
         }
+
+
+def quantiles(counts: Mapping[int, int]) -> dict[str, int]:
+    """Quantiles of whole numbers that are given by how often each occurs: always one of the numbers."""
+    if not counts:
+        return {}
+    values = np.array(sorted(counts))
+    ends = np.cumsum([counts[value] for value in values.tolist()])
+    # The smallest value that at least this share of all is not above (numpy's method "inverted_cdf").
+    wanted = np.maximum(np.ceil(np.array(list(QUANTILES.values())) * ends[-1]), 1)
+    return dict(zip(QUANTILES, values[np.searchsorted(ends, wanted)].tolist(), strict=True))
+
+
+def write_rejection(file: TextIO, number: int, image_path: str | None, reason: str, detail: str = "") -> None:
+    """One line of rejected.jsonl."""
+    line = {"row": number, "image_path": image_path, "reason": reason, "detail": detail}
+    file.write(json.dumps(line) + "\n")
+
+
+def _distinct(by_split: Mapping[str, list[np.ndarray]]) -> list[np.ndarray]:
+    return [np.unique(np.concatenate(parts)) for parts in by_split.values()]
+
+
+def _count(of_splits: list[np.ndarray]) -> int:
+    return len(np.unique(np.concatenate(of_splits))) if of_splits else 0
+
+
+def _count_shared(of_splits: list[np.ndarray]) -> int:
+    shared = [np.intersect1d(one, other, assume_unique=True) for one, other in combinations(of_splits, 2)]
+    return len(np.unique(np.concatenate(shared))) if shared else 0

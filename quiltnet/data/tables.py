@@ -1,61 +1,131 @@
-"""Any table with a column of images and one of captions -> rows for the shard writer."""
+"""Any table with a column of images and one of captions -> rows for the shard writer, a block at a time."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
 
-from quiltnet.data.pairs import PairRow
+from quiltnet.data.cells import KindOfColumn
+from quiltnet.data.row_table import FACT, map_distinct, row_batch
 from quiltnet.errors import UserError
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
+# Texts that mean "nothing here", as pandas reads them.
+NULLS = [*pa.csv.ConvertOptions().null_values, "None", "<NA>"]
 
-def table_rows(
-    table: str | Path,
-    *,
-    image_column: str,
-    caption_column: str,
-    split_column: str | None = None,
-    source_column: str | None = None,
-    split: str | None = None,
-) -> Iterator[PairRow]:
-    """Rows of a csv, tsv or parquet file; every other column becomes metadata.
+# A row must fit into a block; at this size lists of medical terms do, and a dozen blocks are no burden.
+BLOCK_BYTES = 16 << 20
+PARQUET_ROWS = 10_000
+
+IDENTIFYING_BYTES = 1 << 20
+
+
+class TableSource:
+    """Rows of a csv, tsv or parquet file; columns that are not named become metadata.
 
     Args:
-        image_column: paths of images, relative to one folder.
-        split_column: where rows say their split.
-        split: with ``split_column``, choose its rows; without, all rows are of this split (``train``).
-        source_column: what images were taken from (slide, case, article), None where each is its own.
+        image_column: paths of images, relative to one folder or within zips.
+        split_column: where rows say their split; without, all rows are of ``split``.
+        source_column: what images were taken from (slide, case, article).
+        source_of: image path -> source, for rows to which no ``source_column`` gives one; None where each image is its
+            own source.
+        list_columns: written out as Python lists.
+        required: further columns that must be there.
+        encoding: of a csv or tsv.
 
     Raises:
-        UserError: the file cannot be read, a column is not there, or a row has no split.
+        UserError: the file cannot be read, or a column is not there; while it is read: a row is not whole, text is in
+            another encoding, or captions are numbers.
     """
-    named = [image_column, caption_column, split_column, source_column]
-    required = [column for column in named if column is not None]
-    frame = read_table(table, text_columns=[c for c in required if c != caption_column])
-    require_columns(frame, table, required)
-    if split_column:
-        frame = select_rows(frame, table, split_column, split)
-    splits = require_text(frame, table, split_column) if split_column else [split or "train"] * len(frame)
-    paths = text_column(frame, image_column)
-    sources = text_column(frame, source_column) if source_column else paths
-    captions = text_column(frame, caption_column)
-    metadata = plain_records(frame.drop(columns=list(dict.fromkeys(required))))
-    columns = zip(frame.index, paths, captions, splits, sources, metadata, strict=True)
-    return (
-        PairRow(int(number), path, caption, of_split, source or path or "", facts)
-        for number, path, caption, of_split, source, facts in columns
-    )
+
+    def __init__(
+        self,
+        table: str | Path,
+        *,
+        image_column: str,
+        caption_column: str,
+        split_column: str | None = None,
+        source_column: str | None = None,
+        split: str = "train",
+        source_of: Callable[[str], str] | None = None,
+        list_columns: Sequence[str] = (),
+        required: Sequence[str] = (),
+        encoding: str = "utf-8",
+    ) -> None:
+        self._path, self._encoding = Path(table).expanduser(), encoding
+        self.where, self.split_column = str(table), split_column or "split"
+        self._image, self._caption, self._split_name, self._source = (
+            image_column, caption_column, split_column, source_column,
+        )  # fmt: skip
+        self._split, self._source_of, self._lists = split, source_of or (lambda path: path), set(list_columns)
+        self.kinds: dict[str, str] = {}
+        self.findings: Counter[str] = Counter()
+        self.columns, _ = open_table(self._path, encoding)
+        named = [*required, image_column, caption_column, split_column, source_column]
+        require_columns(self.columns, table, [column for column in named if column is not None])
+
+    def identity(self) -> Any:
+        columns = [self._image, self._caption, self._split_name, self._source, sorted(self._lists)]
+        return [*file_identity(self._path), self._encoding, self._split, *columns]
+
+    def batches(self, work: Path) -> Iterator[pa.RecordBatch]:
+        _, raw = open_table(self._path, self._encoding)
+        named = {self._image, self._caption, self._split_name, self._source}
+        facts = [name for name in self.columns if name not in named and not name.startswith("Unnamed")]
+        judges = {name: KindOfColumn() for name in (self._caption, *facts)}
+        number = 0
+        for batch in raw:
+            for name, judge in judges.items():
+                if pa.types.is_string(batch.schema.field(name).type):
+                    judge.see(batch.column(name))
+            yield self._batch(batch, facts, number)
+            number += len(batch)
+            self.kinds = {name: self._kind(batch, name, judges[name]) for name in facts}
+            is_text = self._kind(batch, self._caption, judges[self._caption]) == "text"
+        if number and not is_text:
+            raise UserError(f"{self.where}: column {self._caption} holds no text; name the column of captions")
+
+    def _kind(self, batch: pa.RecordBatch, name: str, judge: KindOfColumn) -> str:
+        if not pa.types.is_string(batch.schema.field(name).type):
+            return "native"
+        return "list" if name in self._lists else judge.kind
+
+    def _batch(self, batch: pa.RecordBatch, facts: Sequence[str], number: int) -> pa.RecordBatch:
+        paths = as_text(batch.column(self._image))
+        sources = map_distinct(paths, self._source_of)
+        if self._source:
+            sources = pc.coalesce(as_text(batch.column(self._source)), sources)
+        split = pa.scalar(self._split)
+        return row_batch(
+            {
+                "number": np.arange(number, number + len(batch)),
+                "image_path": paths,
+                "caption": as_text(batch.column(self._caption)),
+                "split": as_text(batch.column(self._split_name)) if self._split_name else pa.repeat(split, len(batch)),
+                "source_id": pc.fill_null(sources, ""),
+                "defect": pa.repeat(pa.scalar(""), len(batch)),
+            },
+            {f"{FACT}{name}": batch.column(name) for name in facts},
+        )
 
 
-def read_table(table: str | Path, *, text_columns: Sequence[str]) -> pd.DataFrame:
-    """A csv, tsv or parquet file as pandas reads it; ``text_columns`` stay text (007 is not 7)."""
+def open_table(table: str | Path, encoding: str = "utf-8") -> tuple[list[str], Iterator[pa.RecordBatch]]:
+    """Column names and batches of a csv or tsv, whose cells are all text or null, or of a parquet file.
+
+    Raises:
+        UserError: it cannot be read; also while iterating.
+    """
     path = Path(table).expanduser()
     kind = path.suffix.lower()
     if not path.is_file():
@@ -63,67 +133,90 @@ def read_table(table: str | Path, *, text_columns: Sequence[str]) -> pd.DataFram
     if kind not in (*SEPARATORS, ".parquet"):
         raise UserError(f"{path}: tables are read by their ending, one of .csv, .tsv and .parquet; rename it")
     try:
-        if kind == ".parquet":
-            return pd.read_parquet(path)
-        # low_memory=False: types are judged on whole columns, not on a chunk of rows at a time.
-        types = dict.fromkeys(text_columns, str)
-        return pd.read_csv(path, sep=SEPARATORS[kind], dtype=types, low_memory=False)
-    except (ValueError, OSError) as error:  # pandas' and pyarrow's parsing errors are ValueErrors
-        raise UserError(f"{path} cannot be read as a table: {error}") from error
+        opened = pa.parquet.ParquetFile(path) if kind == ".parquet" else _open_csv(path, SEPARATORS[kind], encoding)
+    except (ValueError, OSError, LookupError) as error:
+        raise _unreadable(path, encoding, error) from error
+    schema = opened.schema_arrow if kind == ".parquet" else opened.schema
+    names = _distinct(schema.names)
+    batches = opened.iter_batches(PARQUET_ROWS) if kind == ".parquet" else opened
+    return names, _named(batches, names, path, encoding)
 
 
-def require_columns(frame: pd.DataFrame, table: str | Path, required: Sequence[str]) -> None:
-    missing = [column for column in required if column not in frame.columns]
+def require_columns(names: Sequence[str], table: str | Path, required: Sequence[str]) -> None:
+    missing = [column for column in dict.fromkeys(required) if column not in names]
     if missing:
-        raise UserError(f"{table} has no column {', '.join(missing)}; its columns are {', '.join(frame.columns)}")
+        raise UserError(f"{table} has no column {', '.join(missing)}; its columns are {', '.join(names)}")
 
 
-def text_column(frame: pd.DataFrame, column: str) -> list[str | None]:
-    """Values of a column; None for what is null or not text."""
-    return [value if isinstance(value, str) else None for value in frame[column]]
+def file_identity(path: Path) -> list[Any]:
+    """What tells a file from another, or from itself before a change: name, size, time, and its two ends."""
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        ends = hashlib.blake2b(file.read(IDENTIFYING_BYTES), digest_size=16)
+        file.seek(max(status.st_size - IDENTIFYING_BYTES, 0))
+        ends.update(file.read(IDENTIFYING_BYTES))
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns, ends.hexdigest()]
 
 
-def select_rows(
-    frame: pd.DataFrame, table: str | Path, column: str, wanted: str | Sequence[str] | None
-) -> pd.DataFrame:
-    """Rows whose ``column`` is one of ``wanted`` (all for None); UserError for one that no row has."""
-    if wanted is None:
-        return frame
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
-    present = frame[column].dropna().unique()
-    unknown = [name for name in names if name not in present]
-    if unknown:
-        raise UserError(f"{table} has no {column} {', '.join(unknown)}; it has {', '.join(sorted(present))}")
-    return frame[frame[column].isin(names)]
+def as_text(column: pa.Array) -> pa.Array:
+    """A column as text; numbers are written out, and what has no such form is null."""
+    if pa.types.is_string(column.type):
+        return column
+    try:
+        return column.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return pa.nulls(len(column), pa.string())
 
 
-def require_text(frame: pd.DataFrame, table: str | Path, column: str) -> list[str]:
-    values = text_column(frame, column)
-    if None in values:
-        number = frame.index[values.index(None)]
-        raise UserError(f"{table}: row {number} has no {column}; fill it in, every row needs one")
-    return values
+def _open_csv(path: Path, separator: str, encoding: str) -> pa.csv.CSVStreamingReader:
+    def opened(**options: Any) -> pa.csv.CSVStreamingReader:
+        return pa.csv.open_csv(
+            path,
+            # One thread: read ahead on 64 cores would hold 64 blocks.
+            read_options=pa.csv.ReadOptions(block_size=BLOCK_BYTES, encoding=encoding, use_threads=False),
+            parse_options=pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
+            convert_options=pa.csv.ConvertOptions(null_values=NULLS, strings_can_be_null=True, **options),
+        )
+
+    names = opened().schema.names
+    return opened(column_types=dict.fromkeys(names, pa.string()))
 
 
-def plain_records(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Rows as dicts of JSON values."""
-    if frame.columns.empty:
-        return ({} for _ in range(len(frame)))
-    names = [str(column) for column in frame.columns]
-    columns = (map(plain_value, frame[column]) for column in frame.columns)
-    return (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True))
+def _named(batches: Iterator[pa.RecordBatch], names: list[str], path: Path, encoding: str) -> Iterator[pa.RecordBatch]:
+    try:
+        for batch in batches:
+            yield _plain_text(batch.rename_columns(names))
+    except (pa.ArrowException, UnicodeError, OSError) as error:
+        raise _unreadable(path, encoding, error) from error
 
 
-def plain_value(value: Any) -> Any:
-    """A table's cell as JSON has it; null, not-a-number and infinity become None."""
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [plain_value(item) for item in value]
-    if isinstance(value, dict):
-        return {str(name): plain_value(item) for name, item in value.items()}
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return None if pd.isna(value) else str(value)
+def _plain_text(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Text in parquet files has several types; one is enough."""
+    columns = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        is_text = pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_string(kind)
+        columns[name] = column.cast(pa.string()) if is_text else column
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names as pandas makes them: a column without one, as an index is written, and a repeated one get a number."""
+    seen: Counter[str] = Counter()
+    distinct = []
+    for place, given in enumerate(names):
+        name = given or f"Unnamed: {place}"
+        distinct.append(f"{name}.{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return distinct
+
+
+def _unreadable(path: Path, encoding: str, error: Exception) -> UserError:
+    if isinstance(error, LookupError):
+        return UserError(f"{encoding} is no encoding; --encoding takes a name that Python knows, as utf-8 or latin-1")
+    if isinstance(error, UnicodeError) or "invalid UTF8" in str(error):
+        return UserError(
+            f"{path} cannot be read as {encoding} text ({error}); "
+            "say which encoding it has, as --encoding latin-1 or --encoding utf-16"
+        )
+    return UserError(f"{path} cannot be read as a table: {error}")

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from quiltnet.data.decoding import find_defect
-from quiltnet.data.pairs import PairRow, group_by_image
-from quiltnet.data.shards import folder_reader, write_shards
+from quiltnet.data.image_files import ImageFolder
+from quiltnet.data.pairs import PairRow
+from quiltnet.data.row_table import ListedRows
+from quiltnet.data.shards import write_shards
 
 
 def draw_image(seed: int, width: int = 40, height: int = 32) -> Image.Image:
@@ -43,11 +45,11 @@ def make_shards(tmp_path: Path) -> Callable[..., Path]:
             (images / path).write_bytes(encode(draw_image(number)))
             rows += [PairRow(0, path, f"{text} {number}", "train", path) for text in ("first of", "second of")]
         write_shards(
-            group_by_image(rows),
+            ListedRows(rows),
             tmp_path / name,
             name="test",
             source={},
-            read_image=folder_reader(images),
+            images=ImageFolder(images),
             check_image=find_defect,
             samples_per_shard=samples_per_shard,
         )

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import PurePosixPath
 
 import pytest
 
-from quiltnet.data.pairs import PairRow, caption_id, group_by_image, id_to_int64, image_id, sample_key
+from quiltnet.data.pairs import caption_id, hash_code, id_to_int64, image_id, plain_path, sample_key
 
 
 def test_image_id_is_blake2b_of_the_path():
@@ -45,16 +46,13 @@ def test_key_is_readable_and_has_no_dot_or_slash(path, readable):
     assert sample_key(path) == f"{readable}_{image_id(path)[:8]}"
 
 
-def test_rows_are_grouped_by_split_and_image_in_table_order():
-    rows = [
-        PairRow(0, "b.jpg", "one", "train", ""),
-        PairRow(1, "a.jpg", "two", "train", ""),
-        PairRow(2, "./b.jpg", "three", "train", ""),
-        PairRow(3, "b.jpg", "four", "val", ""),
-    ]
-    groups = group_by_image(rows)
-    assert [(g.split, g.image_path, [row.number for row in g.rows]) for g in groups] == [
-        ("train", "b.jpg", [0, 2]),
-        ("train", "a.jpg", [1]),
-        ("val", "b.jpg", [3]),
-    ]
+@pytest.mark.parametrize(
+    "path",
+    ["a.jpg", "./a.jpg", "a//b.jpg", "a/./b.jpg", "a/../b.jpg", "/a", "a/", "a/.", ".", "..", "...", ".a/b.", "a./b"],
+)
+def test_plain_path_is_what_pathlib_says(path):
+    assert plain_path(path) == PurePosixPath(path).as_posix()
+
+
+def test_a_hash_is_a_number():
+    assert f"{hash_code('a/b.jpg'):016x}" == image_id("a/b.jpg")

@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 
 from quiltnet.data.decoding import find_defect
-from quiltnet.data.pairs import group_by_image
-from quiltnet.data.quilt1m import parse_list, quilt1m_rows, source_id
-from quiltnet.data.shards import folder_reader, write_shards
+from quiltnet.data.image_files import ImageFolder
+from quiltnet.data.quilt1m import quilt1m_source, source_id
+from quiltnet.data.row_table import RowTable, write_rows
+from quiltnet.data.selection import OneOf
+from quiltnet.data.shards import write_shards
 from quiltnet.errors import UserError
 
 FRAME = "_b_M_sOb4ZI_image_0760643c-9d0c-4bf2-8a6e-5f1a3b0c7d21.jpg"
@@ -33,8 +35,22 @@ def table(tmp_path):
     return path
 
 
-def test_rows_say_what_the_table_says(table):
-    rows = list(quilt1m_rows(table))
+@pytest.fixture
+def rows_of(tmp_path):
+    def read(table, subset=None, split=None):
+        subsets = [subset] if isinstance(subset, str) else subset
+        filters = [OneOf("filtered_subset", "subset", subsets)] if subset else []
+        filters += [OneOf("filtered_split", "split", [split])] if split else []
+        folder = tmp_path / "rows"
+        folder.mkdir(exist_ok=True)
+        write_rows(quilt1m_source(table), folder, filters)
+        return list(RowTable(folder))
+
+    return read
+
+
+def test_rows_say_what_the_table_says(table, rows_of):
+    rows = rows_of(table)
     assert [row.caption for row in rows] == ['Line one,\nline "two".', "Plain.", None, "Four."]
     assert [row.number for row in rows] == [0, 1, 2, 3]
     assert [row.source_id for row in rows] == ["_b_M_sOb4ZI", "_b_M_sOb4ZI", "case", "00001000010913"]
@@ -67,31 +83,23 @@ def test_rows_say_what_the_table_says(table):
         (None, "test", None),
     ],
 )
-def test_subset_and_split_choose_rows(table, subset, split, numbers):
+def test_subset_and_split_choose_rows(table, rows_of, subset, split, numbers):
     if numbers is None:
         with pytest.raises(UserError, match=r"has no (subset|split)"):
-            quilt1m_rows(table, subset=subset, split=split)
+            rows_of(table, subset, split)
     else:
-        assert [row.number for row in quilt1m_rows(table, subset=subset, split=split)] == numbers
+        assert [row.number for row in rows_of(table, subset, split)] == numbers
 
 
-def test_unknown_subset_lists_those_there_are(table):
+def test_unknown_subset_lists_those_there_are(table, rows_of):
     with pytest.raises(UserError, match="has no subset atlas; it has laion, pubmed, quilt"):
-        quilt1m_rows(table, subset="atlas")
+        rows_of(table, "atlas")
 
 
 def test_missing_column_lists_those_there_are(tmp_path):
     (tmp_path / "t.csv").write_text("caption,image\nx,y\n")
     with pytest.raises(UserError, match=r"no column image_path, subset, split; its columns are caption, image"):
-        quilt1m_rows(tmp_path / "t.csv")
-
-
-@pytest.mark.parametrize(
-    ("cell", "value"),
-    [("['a']", ["a"]), ("{'a': 1}", "{'a': 1}"), ("[nan]", "[nan]"), ("[" * 500, "[" * 500), (3.0, 3.0)],
-)
-def test_lists_are_parsed_and_nothing_is_run(cell, value):
-    assert parse_list(cell) == value
+        quilt1m_source(tmp_path / "t.csv")
 
 
 def test_source_of_other_names():
@@ -103,11 +111,11 @@ def test_source_of_other_names():
 def test_quilt_like_release(shared_data, tmp_path):
     folder = shared_data / "quilt_like"
     manifest = write_shards(
-        group_by_image(quilt1m_rows(folder / "quilt_1M_lookup.csv")),
+        quilt1m_source(folder / "quilt_1M_lookup.csv"),
         tmp_path / "quilt",
         name="quilt1m",
         source={},
-        read_image=folder_reader(folder / "images"),
+        images=ImageFolder(folder / "images"),
         check_image=find_defect,
         samples_per_shard=500,
     )

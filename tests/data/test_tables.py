@@ -1,14 +1,16 @@
 from __future__ import annotations
 
-import datetime
+import csv
 import math
 
-import numpy as np
 import pandas as pd
 import pytest
 
+from quiltnet.data import tables
 from quiltnet.data.pairs import PairRow
-from quiltnet.data.tables import plain_value, table_rows
+from quiltnet.data.row_table import RowTable, write_rows
+from quiltnet.data.selection import OneOf
+from quiltnet.data.tables import TableSource
 from quiltnet.errors import UserError
 
 FRAME = pd.DataFrame(
@@ -29,6 +31,20 @@ EXPECTED = [
 COLUMNS = {"image_column": "file", "caption_column": "text", "split_column": "part", "source_column": "case"}
 
 
+@pytest.fixture
+def rows_of(tmp_path):
+    """The rows of a table, by way of the disk."""
+
+    def read(table, split=None, filters=(), **options) -> list[PairRow]:
+        filters = [*filters, *([OneOf("filtered_split", "split", [split], "part")] if split else [])]
+        folder = tmp_path / "rows"
+        folder.mkdir(exist_ok=True)
+        write_rows(TableSource(table, **options), folder, filters)
+        return list(RowTable(folder))
+
+    return read
+
+
 @pytest.fixture(params=["csv", "tsv", "parquet"])
 def table(request, tmp_path):
     path = tmp_path / f"pairs.{request.param}"
@@ -39,29 +55,102 @@ def table(request, tmp_path):
     return path
 
 
-def test_rows_of_any_kind_of_table(table):
-    assert list(table_rows(table, **COLUMNS)) == EXPECTED
+def test_rows_of_any_kind_of_table(table, rows_of):
+    assert rows_of(table, **COLUMNS) == EXPECTED
 
 
-def test_split_chooses_or_names(table):
-    assert list(table_rows(table, **COLUMNS, split="val")) == EXPECTED[:1]
+def test_split_chooses_or_names(table, rows_of):
+    assert rows_of(table, **COLUMNS, split="val") == EXPECTED[:1]
     with pytest.raises(UserError, match="has no part test; it has train, val"):
-        table_rows(table, **COLUMNS, split="test")
+        rows_of(table, **COLUMNS, split="test")
     plain = {"image_column": "file", "caption_column": "text"}
-    assert {row.split for row in table_rows(table, **plain)} == {"train"}
-    assert {row.split for row in table_rows(table, **plain, split="val")} == {"val"}
+    assert {row.split for row in rows_of(table, **plain)} == {"train"}
+    source = TableSource(table, **plain, split="val")
+    assert {split for batch in source.batches(None) for split in batch.column("split").to_pylist()} == {"val"}
 
 
-def test_a_table_of_two_columns_has_no_metadata(tmp_path):
+PLAIN = {"image_column": "image", "caption_column": "caption"}
+
+
+def test_a_table_of_two_columns_has_no_metadata(tmp_path, rows_of):
     (tmp_path / "t.csv").write_text("image,caption\na.jpg,x\n")
-    rows = table_rows(tmp_path / "t.csv", image_column="image", caption_column="caption")
-    assert list(rows) == [PairRow(0, "a.jpg", "x", "train", "a.jpg", {})]
+    assert rows_of(tmp_path / "t.csv", **PLAIN) == [PairRow(0, "a.jpg", "x", "train", "a.jpg", {})]
 
 
-def test_numbers_are_no_captions(tmp_path):
+def test_numbers_are_no_captions(tmp_path, rows_of):
     (tmp_path / "t.csv").write_text("image,caption\n1,3.5\n2,4.5\n")
-    rows = list(table_rows(tmp_path / "t.csv", image_column="image", caption_column="caption"))
-    assert [(row.image_path, row.caption) for row in rows] == [("1", None), ("2", None)]
+    with pytest.raises(UserError, match="column caption holds no text; name the column of captions"):
+        rows_of(tmp_path / "t.csv", **PLAIN)
+    (tmp_path / "t.csv").write_text("image,caption\n1,3.5\n2,a gland\n")
+    assert [(row.image_path, row.caption) for row in rows_of(tmp_path / "t.csv", **PLAIN)] == [
+        ("1", "3.5"),
+        ("2", "a gland"),
+    ]
+
+
+AWKWARD = [
+    'Line one,\nline "two",\r\nand three.',
+    " spaced ",
+    "\u7d44\u7e54 \U0001f52c e\u0301",
+    "a\tb; c|d",
+    "\u2028 separators \x85",
+    "x" * 100_000,
+    '"',
+    "'",
+]
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 18, 1 << 24])
+def test_captions_of_any_text(tmp_path, rows_of, monkeypatch, block_bytes):
+    monkeypatch.setattr(tables, "BLOCK_BYTES", block_bytes)
+    with open(tmp_path / "t.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption", "n"])
+        writer.writerows((f"{n}.jpg", text, n) for n, text in enumerate(AWKWARD * 5))
+    rows = rows_of(tmp_path / "t.csv", **PLAIN)
+    assert [(row.number, row.caption, row.metadata) for row in rows] == [
+        (n, text, {"n": n}) for n, text in enumerate(AWKWARD * 5)
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "NA", "nan", "None", "null", "N/A"])
+def test_what_means_nothing_is_null(tmp_path, rows_of, text):
+    (tmp_path / "t.csv").write_text(f'image,caption,x\na.jpg,"{text}",1\nb.jpg,y,{text}\n')
+    assert [(row.caption, row.metadata) for row in rows_of(tmp_path / "t.csv", **PLAIN)] == [
+        (None, {"x": 1}),
+        ("y", {"x": None}),
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1", "utf-16"])
+def test_encodings(tmp_path, rows_of, encoding):
+    (tmp_path / "t.csv").write_text("image,caption\na.jpg,caf\u00e9\n", encoding=encoding)
+    rows = rows_of(tmp_path / "t.csv", **PLAIN, encoding="utf-8" if encoding == "utf-8-sig" else encoding)
+    assert [row.caption for row in rows] == ["caf\u00e9"]
+
+
+def test_an_encoding_is_named(tmp_path, rows_of):
+    (tmp_path / "t.csv").write_bytes("image,caption\na.jpg,caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"cannot be read as utf-8 text .*--encoding latin-1"):
+        rows_of(tmp_path / "t.csv", **PLAIN)
+    with pytest.raises(UserError, match="utf-9 is no encoding"):
+        rows_of(tmp_path / "t.csv", **PLAIN, encoding="utf-9")
+
+
+def test_columns_without_a_name_or_with_the_same(tmp_path, rows_of):
+    (tmp_path / "t.csv").write_text(",image,caption,x,x\n0,a.jpg,text,1,2\n")
+    assert rows_of(tmp_path / "t.csv", **PLAIN)[0].metadata == {"x": 1, "x.1": 2}
+
+
+def test_parquet_keeps_its_types(tmp_path, rows_of):
+    frame = pd.DataFrame(
+        {"image": [1, 2], "caption": ["a", "b"], "list": [["x"], None], "when": pd.to_datetime(["2026-01-02"] * 2)}
+    )
+    frame["kind"] = frame["caption"].astype("category")
+    frame.to_parquet(tmp_path / "t.parquet")
+    rows = rows_of(tmp_path / "t.parquet", **PLAIN)
+    assert [(row.image_path, row.caption) for row in rows] == [("1", "a"), ("2", "b")]
+    assert rows[0].metadata == {"list": ["x"], "when": "2026-01-02 00:00:00", "kind": "a"}
 
 
 @pytest.mark.parametrize(
@@ -75,32 +164,29 @@ def test_numbers_are_no_captions(tmp_path):
         ("t.csv", b"image,text\na,b\n", "no column caption; its columns are image, text"),
     ],
 )
-def test_tables_that_cannot_be_used(tmp_path, name, data, message):
+def test_tables_that_cannot_be_used(tmp_path, rows_of, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
-        table_rows(tmp_path / name, image_column="image", caption_column="caption")
+        rows_of(tmp_path / name, **PLAIN)
 
 
-def test_no_table_and_no_split(tmp_path):
+def test_no_table_and_no_split(tmp_path, rows_of):
     with pytest.raises(UserError, match="no such table"):
-        table_rows(tmp_path / "t.csv", image_column="image", caption_column="caption")
+        rows_of(tmp_path / "t.csv", **PLAIN)
     (tmp_path / "t.csv").write_text("image,caption,part\na,b,train\nc,d,\n")
     with pytest.raises(UserError, match="row 1 has no part"):
-        table_rows(tmp_path / "t.csv", image_column="image", caption_column="caption", split_column="part")
+        rows_of(tmp_path / "t.csv", **PLAIN, split_column="part")
+    (tmp_path / "t.csv").write_text("image,caption\n")
+    with pytest.raises(UserError, match="has no row to pack"):
+        rows_of(tmp_path / "t.csv", **PLAIN)
 
 
-@pytest.mark.parametrize(
-    ("cell", "value"),
-    [
-        (np.int64(3), 3),
-        (np.bool_(True), True),
-        (np.float32("nan"), None),
-        (np.array(["a", None], dtype=object), ["a", None]),
-        ({"a": np.float64(1.5), "b": (1, math.inf)}, {"a": 1.5, "b": [1, None]}),
-        (pd.NaT, None),
-        (pd.NA, None),
-        (datetime.date(2026, 1, 2), "2026-01-02"),
-    ],
-)
-def test_cells_become_json(cell, value):
-    assert plain_value(cell) == value
+def test_another_reading_is_another_source(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("image,caption,other\na.jpg,x,y\n")
+    known = [TableSource(path, **PLAIN).identity()]
+    for options in ({"caption_column": "other"}, {"split_column": "other"}, {"split": "val"}, {"encoding": "latin-1"}):
+        known.append(TableSource(path, **{**PLAIN, **options}).identity())
+    path.write_text("image,caption,other\na.jpg,z,y\n")
+    known.append(TableSource(path, **PLAIN).identity())
+    assert all(known[one] != known[other] for one in range(6) for other in range(one))
