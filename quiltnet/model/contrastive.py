@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
-from quiltnet.model.tokenizer import Tokenizer
+from quiltnet.model.text_forward import encode_text, padding_is_idle
+from quiltnet.model.tokenizer import BatchTokenizer, Tokenizer
 
 BatchNormMode = Literal["frozen", "train"]
 
@@ -83,8 +84,12 @@ class ContrastiveModel(nn.Module):
         return F.normalize(self.clip.encode_image(image).float(), dim=-1)
 
     def encode_text(self, text: Tensor) -> Tensor:
-        """text: ``(B, L)`` int64 from ``tokenize`` -> ``(B, D)``."""
-        return F.normalize(self.clip.encode_text(text).float(), dim=-1)
+        """text: ``(B, L)`` int64 from ``tokenize``, or shorter from ``batch_tokenizer`` -> ``(B, D)``."""
+        return F.normalize(encode_text(self.clip, text).float(), dim=-1)
+
+    def batch_tokenizer(self) -> BatchTokenizer:
+        """What training reads captions with: padding left out where this text tower gives the same features so."""
+        return BatchTokenizer(self.tokenize, trim=padding_is_idle(self.clip, self.tokenize.pad_id))
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
