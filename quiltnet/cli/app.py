@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 import quiltnet
+from quiltnet.cli.check import check
 from quiltnet.cli.door import at_the_door
+from quiltnet.cli.prepare import prepare
 from quiltnet.cli.shard import shard
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -32,6 +34,8 @@ def _version(
 
 
 app.command()(shard)
+app.add_typer(check, name="check")
+app.command()(prepare)
 
 
 @app.command(context_settings=_PASS_ON)
