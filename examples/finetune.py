@@ -8,7 +8,8 @@ from pathlib import Path
 
 import quiltnet
 from quiltnet.cli.shard import Format, shard
-from quiltnet.data.reading import ShardPairs, build_loader
+from quiltnet.data.held_out import ShardPairs
+from quiltnet.data.reading import build_loader
 from quiltnet.data.synthetic import labelled_tiles
 from quiltnet.data.transforms import TrainTransform
 from quiltnet.evaluation.datasets import in_memory
@@ -42,7 +43,7 @@ def main(out: Path, samples: int = 640) -> None:
         "val_pairs": ValPairs(ShardPairs(out / "shards" / "val")),
     }
     transform = TrainTransform(model.image_size, horizontal_flip=True, vertical_flip=True)
-    loader = build_loader(out / "shards" / "train", transform, model.tokenize, global_batch_size=32, seed=0)
+    loader = build_loader(out / "shards" / "train", transform, model.batch_tokenizer(), global_batch_size=32, seed=0)
     total_samples = loader.samples_per_epoch // 32 * 32
     schedule = WarmupCosine(total_samples=total_samples, warmup_samples=total_samples // 10)
     state = start_training(model, adamw(model, lr=3e-4), schedule, global_batch_size=32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["OMP_NUM_THREADS"] = "1"  # tests start several processes on few cores
+CACHE = tempfile.TemporaryDirectory(prefix="quiltnet-tests-")  # nothing of a test stays in the user's
+os.environ["QUILTNET_CACHE"] = CACHE.name
 
 ROOT = Path(__file__).parents[1]
 

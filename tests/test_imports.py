@@ -19,37 +19,120 @@ EVALUATION = {"features", "metrics", "probe", "prompts", "datasets", "retrieval"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "distributed": set(),
-    "model.contrastive": {"model.tokenizer"},
-    "model.tokenizer": set(),
+    "model.contrastive": {"model.text_forward", "model.tokenizer"},
+    "model.fast_bpe": {"model.text_cleaning"},
+    "model.text_cleaning": set(),
+    "model.text_forward": set(),
+    "model.tokenizer": {"model.fast_bpe", "model.text_cleaning"},
     "model.weights": set(),
     "model.embedder": {"model.contrastive"},
     "model.folder": {"model.contrastive"},
     "model.architecture": {"model.contrastive", "model.folder", "model.weights"},
     "model.assembly": {f"model.{room}" for room in MODEL} | {"model.architecture", "model.folder"},
-    "data.captions": set(),
-    "data.decoding": set(),
-    "data.ledger": {"data.pairs"},
-    "data.pairs": set(),
-    "data.synthetic": {"data.synthetic_tissue", "data.synthetic_captions"},
-    "data.synthetic_tissue": {"data.synthetic_canvas"},
-    "data.synthetic_captions": {"data.synthetic_tissue"},
-    "data.synthetic_canvas": set(),
-    "data.tar_index": set(),
-    "data.transforms": {"data.decoding"},
-    "data.shards": {"__version__", "data.ledger", "data.pairs"},
-    "data.quilt1m": {"data.pairs", "data.tables"},
-    "data.tables": {"data.pairs"},
-    "data.shard_files": {"data.shards"},
-    "data.stored_pairs": {"data.decoding", "data.pairs", "data.shard_files", "data.tar_index"},
-    "data.reading": {
-        "data.captions", "data.decoding", "data.pairs", "data.shard_files", "data.stored_pairs", "distributed"
+    "data.augmentation": {"data.stain"},
+    "data.batches": {"data.decoding", "data.device_decoding", "data.pairs", "data.stored_pairs", "data.transforms"},
+    "data.captions": {"data.sentences"},
+    "data.cells": set(),
+    "data.check_report": {"data.checking", "data.contact_sheet", "data.decoding", "data.near_duplicates"},
+    "data.checking": {
+        "data.copies", "data.evaluation_sets", "data.examining", "data.near_duplicates", "data.shard_sets",
+        "data.worker_pool"
     },
+    "data.contact_sheet": set(),
+    "data.copies": {"data.near_duplicates"},
+    "data.decoding": set(),
+    "data.device_decoding": {"data.decoding", "data.transforms"},
+    "data.evaluation_sets": {"data.examining", "data.manifest", "data.shard_sets"},
+    "data.examining": {
+        "data.decoding", "data.manifest", "data.near_duplicates", "data.pairs", "data.stored_pairs", "data.tar_index"
+    },
+    "data.folders": {"data.image_files", "data.pairs", "data.row_table"},
+    "data.held_out": {"data.decoding", "data.shard_files", "data.stored_pairs"},
+    "data.image_files": {"data.zipped_images"},
+    "data.ledger": set(),
+    "data.local_pairs": {"data.mixing", "data.shard_files", "data.stored_pairs"},
+    "data.manifest": set(),
+    "data.mixing": {"data.permutation"},
+    "data.near_duplicates": set(),
+    "data.packing": {"data.ledger", "data.planning", "data.shard_writer", "data.tar_index"},
+    "data.pairs": set(),
+    "data.permutation": set(),
+    "data.planning": {"data.ledger", "data.pairs", "data.row_table"},
+    "data.prefetching": {"data.batches", "data.device_decoding"},
+    "data.prepared_images": {"data.decoding"},
+    "data.prepared_shards": {
+        "data.decoding", "data.ledger", "data.manifest", "data.pairs", "data.prepared_images", "data.stored_pairs",
+        "data.tar_index"
+    },
+    "data.preparing": {
+        "__version__", "data.ledger", "data.manifest", "data.prepared_images", "data.prepared_shards",
+        "data.shard_files", "data.shard_sets", "data.worker_pool", "data.workplace"
+    },
+    "data.quilt1m": {"data.tables"},
+    "data.reading": {
+        "data.batches", "data.captions", "data.local_pairs", "data.remote_shards", "data.shard_files",
+        "data.streamed_pairs", "data.watchdog", "distributed"
+    },
+    "data.remote_files": {"data.remote_sources"},
+    "data.remote_shards": {"data.manifest", "data.remote_files", "data.remote_sources"},
+    "data.remote_sources": set(),
+    "data.repacking": {
+        "data.decoding", "data.folders", "data.image_files", "data.pairs", "data.row_table", "data.stored_pairs",
+        "data.tar_index", "data.tar_members", "data.tarred_images"
+    },
+    "data.row_table": {"data.cells", "data.pairs"},
+    "data.samples": {"data.image_files", "data.pairs"},
+    "data.selection": {"data.pairs", "data.row_table", "data.tables"},
+    "data.sentences": set(),
+    "data.shard_cache": {"data.pairs", "data.remote_files", "data.remote_shards", "data.remote_sources"},
+    "data.shard_files": {"data.manifest"},
+    "data.shard_sets": {"data.manifest"},
+    "data.shard_writer": {
+        "data.image_files", "data.ledger", "data.manifest", "data.planning", "data.row_table", "data.samples"
+    },
+    "data.shards": {
+        "__version__", "data.image_files", "data.ledger", "data.manifest", "data.packing", "data.planning",
+        "data.row_table", "data.shard_writer", "data.workplace"
+    },
+    "data.source_pattern": set(),
+    "data.stain": set(),
+    "data.stored_pairs": {"data.decoding", "data.pairs", "data.shard_files", "data.tar_index"},
+    "data.stream_order": set(),
+    "data.stream_windows": {
+        "data.decoding", "data.remote_files", "data.remote_shards", "data.remote_sources", "data.stored_pairs",
+        "data.stream_order", "data.tar_stream"
+    },
+    "data.streamed_pairs": {
+        "data.mixing", "data.remote_shards", "data.remote_sources", "data.shard_cache", "data.stored_pairs",
+        "data.streaming"
+    },
+    "data.streaming": {
+        "data.remote_files", "data.remote_shards", "data.remote_sources", "data.shard_cache", "data.stored_pairs",
+        "data.stream_order", "data.stream_windows"
+    },
+    "data.synthetic": {"data.synthetic_captions", "data.synthetic_tissue"},
+    "data.synthetic_canvas": set(),
+    "data.synthetic_captions": {"data.synthetic_tissue"},
+    "data.synthetic_tissue": {"data.synthetic_canvas"},
+    "data.tables": {"data.cells", "data.row_table"},
+    "data.tar_index": {"data.tar_members"},
+    "data.tar_members": set(),
+    "data.tar_stream": {"data.tar_index"},
+    "data.tarred_images": {"data.pairs", "data.tar_members"},
+    "data.transforms": {"data.decoding"},
+    "data.watchdog": set(),
+    "data.worker_pool": set(),
+    "data.workplace": {"data.manifest"},
+    "data.zipped_images": {"data.pairs", "data.tarred_images"},
     "training.optim": set(),
     "training.checkpoint": set(),
     "training.loggers": set(),
     "training.losses": {"distributed"},
     "training.engine": {"distributed"},
-    "training.callbacks": {"distributed", "training.checkpoint", "training.engine", "training.loggers"},
+    "training.callbacks": {
+        "distributed", "training.checkpoint", "training.data_statistics", "training.engine", "training.loggers"
+    },
+    "training.data_statistics": {"distributed"},
     "evaluation.metrics": set(),
     "evaluation.probe": set(),
     "evaluation.prompts": set(),

@@ -18,9 +18,15 @@ import quiltnet
 from tests.conftest import ROOT
 
 HEAVY = {"torch", "open_clip", "transformers", "hydra"}
-DISTRIBUTIONS = {"PIL": "Pillow", "hydra": "hydra-core", "open_clip": "open_clip_torch", "sklearn": "scikit-learn"}
-# What others import for us: open_clip takes transformers for text towers, pandas pyarrow for parquet.
-THROUGH_OTHERS = {"transformers", "pyarrow"}
+DISTRIBUTIONS = {
+    "PIL": "Pillow",
+    "hydra": "hydra-core",
+    "open_clip": "open_clip_torch",
+    "sklearn": "scikit-learn",
+    "yaml": "PyYAML",
+}
+# What others import for us: fsspec reads http(s) with aiohttp.
+THROUGH_OTHERS = {"aiohttp"}
 
 
 def run(cwd: Path, *command: str | Path) -> str:

@@ -179,7 +179,7 @@ MISTAKES = {
         "zeroshot_synthetic/acc",
     ),
     "resume and overwrite": (["resume=auto", "overwrite=true", "{train}"], "contradict"),
-    "caption policy": (["data.train.caption_policy=longest", "{train}"], "longest"),
+    "caption policy": (["data.train.caption_policy=shortest", "{train}"], "shortest"),
     "unknown key": (["optim.learning_rate=1", "{train}"], "learning_rate"),
     "misspelt argument": (["+optim.learning_rate=1", "{train}"], "misspelt"),
     "wandb mode": (["logger=[wandb]", "logger.wandb.mode=of", "{train}"], "'online' or 'offline'"),
@@ -287,16 +287,17 @@ def test_broken_samples_are_counted_and_training_goes_on(drawn_shards, tmp_path)
     options = ["model=tiny", "run_name=x", f"data.train.shards={shards}/train", "total_samples=216"]
     train_well(tmp_path, *options, "global_batch_size=12", "data.max_bad_fraction=0.5")
     lines = [json.loads(line) for line in (tmp_path / "outputs/x/metrics.jsonl").read_text().splitlines()]
-    counts = [line for line in lines if any(name.startswith("data/rejected_") for name in line)][-1]
+    counts = [line for line in lines if any(name.startswith("data/bad_samples_") for name in line)][-1]
     reasons = {"broken_image", "not_an_image", "empty_image", "truncated_tar"}
     missing = [line["data/missing_samples"] for line in lines if "data/missing_samples" in line]
     assert len(missing) == 1 and 4 <= missing[0] <= 7, "about half of a tar of 13"
-    assert {name.removeprefix("data/rejected_") for name in counts if name != "samples_seen"} == reasons
+    assert {name.removeprefix("data/bad_samples_") for name in counts if "bad_samples_" in name} == reasons
+    assert counts["data/bad_samples"] == sum(counts[f"data/bad_samples_{reason}"] for reason in reasons)
     rows = [json.loads(line) for line in (tmp_path / "outputs/x/quarantine.jsonl").read_text().splitlines()]
     assert {row["reason"] for row in rows} == {*reasons, "missing_from_tar"}
     assert [row["samples"] for row in rows if row["reason"] == "missing_from_tar"] == missing
     for reason in reasons:
-        assert sum(row["samples"] for row in rows if row["reason"] == reason) == counts[f"data/rejected_{reason}"]
+        assert sum(row["samples"] for row in rows if row["reason"] == reason) == counts[f"data/bad_samples_{reason}"]
     assert max(line["samples_seen"] for line in lines) == 216
 
 

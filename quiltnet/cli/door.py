@@ -74,6 +74,11 @@ def _message_for_user(error: BaseException) -> str | None:
         if isinstance(seen, UserError):
             return str(seen)
         seen = seen.__cause__
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return (
+            f"{error} The usual reason is memory, or a small /dev/shm: take fewer data.train.workers or a smaller "
+            "batch; resume=auto goes on"
+        )
     from hydra.errors import HydraException, InstantiationException  # here: --help must not wait for Hydra
     from omegaconf import errors
 

@@ -41,6 +41,10 @@ RANGE: Rule = (
     (lambda value: OmegaConf.is_list(value) and len(value) == 2 and all(map(_is_number, value))),
     "two numbers: [least,most]",
 )
+STRENGTHS: Rule = (
+    (lambda value: OmegaConf.is_list(value) and len(value) == 4 and all(_is_number(v) and v >= 0 for v in value)),
+    "four numbers of at least 0: [brightness,contrast,saturation,hue]",
+)
 
 _ABSENT = object()
 
@@ -60,6 +64,17 @@ RULES: dict[str, Rule] = {
     "data.train.crop_scale": RANGE,
     "data.train.horizontal_flip": SWITCH,
     "data.train.vertical_flip": SWITCH,
+    "data.train.right_angle_rotations": SWITCH,
+    "data.train.sentences": SWITCH,
+    "data.augment.color_jitter": STRENGTHS,
+    "data.augment.color_jitter_probability": SHARE,
+    "data.augment.hed_jitter": SHARE,
+    "data.augment.hed_jitter_probability": SHARE,
+    "data.stream.shuffle_buffer": COUNT,
+    "data.stream.shards_at_once": COUNT,
+    "data.stream.samples_per_epoch": _optional(COUNT),
+    "data.stream.cache_gib": POSITIVE,
+    "data.allow_pipe": SWITCH,
     "data.max_bad_fraction": SHARE,
     "schedule.warmup_samples": _optional(WHOLE),
     "schedule.final_factor": SHARE,

@@ -19,8 +19,8 @@ from quiltnet.cli.options import check_ranges
 from quiltnet.cli.run_directory import RunDirectory, check_run_directory, create_run_directory
 from quiltnet.cli.sweep import is_trial, monitored, trial_directory
 from quiltnet.cli.tables import print_before_and_after
-from quiltnet.data.reading import PairLoader, build_loader
-from quiltnet.data.transforms import TrainTransform
+from quiltnet.cli.train_data import data_statistics, device_batches, open_loader
+from quiltnet.data.reading import PairLoader
 from quiltnet.distributed import barrier, is_main, on_main, rank, world_size
 from quiltnet.errors import UserError
 from quiltnet.model.contrastive import ContrastiveModel
@@ -85,10 +85,11 @@ def run_train(cfg: DictConfig) -> float | None:  # all ranks
         forget_after(run.checkpoints, state.samples_seen)
         _print_plan(run, state, parts.clock, parts.loader)
     logger = _start_loggers(parts, str(cfg.run_name), run, state)
-    callbacks, evaluate = _make_callbacks(cfg, parts, run, logger)
+    callbacks, evaluate = _make_callbacks(cfg, parts, run, logger, state)
     try:
         with closing(logger), closing(parts.loader):
-            batches = parts.loader.start(state.samples_seen)
+            device = state.accelerator.device
+            batches = device_batches(cfg, parts.model, parts.loader, state.samples_seen, device)
             total_samples = parts.clock.total_samples
             fit(state, batches, parts.loss, callbacks, total_samples=total_samples, max_grad_norm=cfg.max_grad_norm)
     except UserError:
@@ -107,7 +108,7 @@ def make_parts(cfg: DictConfig) -> Parts:  # all ranks
     accelerator = build_accelerator(cfg.precision, deterministic=cfg.deterministic)
     seed_everything(cfg.seed)
     model = instantiate(cfg.model, _convert_="all")
-    loader = _open_loader(cfg, model)
+    loader = open_loader(cfg, model)
     clock = plan_clock(cfg, loader.samples_per_epoch)
     spans = {"total_samples": clock.total_samples, "warmup_samples": clock.warmup_samples}
     evaluators = {name: instantiate(evaluator, _convert_="all") for name, evaluator in cfg.evaluator.items()}
@@ -150,34 +151,9 @@ def _check_options(cfg: DictConfig) -> None:
         raise UserError("run_name is not set; say run_name=first_try, and results go to outputs/first_try")
     if not re.fullmatch(r"\w[\w.+=,-]*", str(cfg.run_name)):
         raise UserError(f"run_name={cfg.run_name!r} is a folder's name: letters, digits and . _ + = , - only")
-    if OmegaConf.is_missing(cfg.data.train, "shards"):
-        raise UserError(
-            "data.train.shards is not set; say data.train.shards=quilt/train, a folder made by `quiltnet shard`"
-        )
     check_ranges(cfg)
     if cfg.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision=fp16 needs a GPU (its gradients are scaled there); use fp32 or bf16")
-
-
-def _open_loader(cfg: DictConfig, model: ContrastiveModel) -> PairLoader:
-    train = cfg.data.train
-    transform = TrainTransform(
-        model.image_size,
-        scale=tuple(train.crop_scale),
-        horizontal_flip=train.horizontal_flip,
-        vertical_flip=train.vertical_flip,
-        interpolation=model.interpolation,
-        decode=train.decode,
-    )
-    return build_loader(
-        OmegaConf.to_container(train.shards) if OmegaConf.is_list(train.shards) else train.shards,
-        transform,
-        model.tokenize,
-        global_batch_size=cfg.global_batch_size,
-        seed=cfg.seed,
-        caption_policy=train.caption_policy,
-        workers=train.workers,
-    )
 
 
 def _check_monitor(cfg: DictConfig) -> str | None:
@@ -224,10 +200,11 @@ def _start_loggers(parts: Parts, name: str, run: RunDirectory, state: TrainState
 
 
 def _make_callbacks(
-    cfg: DictConfig, parts: Parts, run: RunDirectory, logger: LoggerGroup
+    cfg: DictConfig, parts: Parts, run: RunDirectory, logger: LoggerGroup, state: TrainState
 ) -> tuple[list[Callback], Evaluate]:
     clock = parts.clock
-    log = LogMetrics(logger, clock.log_every_samples, parts.loader.samples_per_epoch)
+    statistics = data_statistics(parts.loader, state.samples_seen)
+    log = LogMetrics(logger, clock.log_every_samples, parts.loader.samples_per_epoch, statistics)
     quarantine = Quarantine(
         run.quarantine,
         logger,

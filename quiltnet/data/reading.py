@@ -11,115 +11,33 @@ from __future__ import annotations
 import os
 import signal
 import weakref
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from quiltnet import distributed
-from quiltnet.data.captions import check_policy, choose_caption
-from quiltnet.data.decoding import BrokenSample, decode_pil
-from quiltnet.data.pairs import caption_id, id_to_int64
-from quiltnet.data.shard_files import ShardSpec, fingerprint, resolve_shards
-from quiltnet.data.stored_pairs import StoredPairs
+from quiltnet.data.batches import Batch, BatchMaker, Tokenize, Transform
+from quiltnet.data.captions import CaptionChoice
+from quiltnet.data.local_pairs import LocalPairs, open_local
+from quiltnet.data.remote_shards import is_remote
+from quiltnet.data.shard_files import ShardSpec
+from quiltnet.data.streamed_pairs import StreamedPairs, open_remote
+from quiltnet.data.watchdog import StageBoard, Watchdog
 from quiltnet.errors import UserError
 
-Transform = Callable[[bytes, np.random.Generator], Tensor]  # -> (3, H, W) uint8
-Tokenize = Callable[[list[str]], Tensor]  # -> (B, L) int64
-
-# If half of all samples are broken, 16 in a row are once in 65,000: then something else is wrong, and is
-# said.
-MAX_ATTEMPTS = 16
-
-# First word of a seed, so that orders and samples are drawn independently.
-ORDER_STREAM, SAMPLE_STREAM = 0, 1
-
 
 @dataclass(frozen=True)
-class Batch:
-    """Pairs of one rank.
+class Source:
+    """Shards, and how often their samples are drawn beside those of other sources (None: each once an epoch)."""
 
-    Attributes:
-        image: (B, 3, H, W) uint8, not normalised.
-        text: (B, L) int64.
-        image_id: (B,) int64; equal where the image is the same.
-        caption_id: (B,) int64; equal where the caption is the same but for case and white space.
-        key: B sample keys.
-        rejected: (key, reason) of samples that were broken, and that others in this batch stand in for.
-    """
-
-    image: Tensor
-    text: Tensor
-    image_id: Tensor
-    caption_id: Tensor
-    key: list[str]
-    rejected: list[tuple[str, str]]
-
-    def pin_memory(self) -> Batch:
-        """Called by DataLoader."""
-        pinned = {name: getattr(self, name).pin_memory() for name in ("image", "text", "image_id", "caption_id")}
-        return replace(self, **pinned)
-
-
-@dataclass(frozen=True)
-class DrawnPair:
-    """One sample as drawn for one position. image: (3, H, W) uint8."""
-
-    image: Tensor
-    caption: str
-    image_id: str
-    key: str
-    rejected: list[tuple[str, str]] = field(default_factory=list)
-
-
-class PairDataset(Dataset):
-    """Positions of the endless stream -> drawn pairs: a pure function of the seed and the position.
-
-    A broken sample is replaced by another one, drawn from a generator that is seeded by seed, position and
-    attempt.
-    """
-
-    def __init__(self, pairs: StoredPairs, transform: Transform, *, seed: int, caption_policy: str = "random") -> None:
-        check_policy(caption_policy)
-        if seed < 0:
-            raise UserError(f"seed={seed}; seeds count from 0: give a number of 0 or more")
-        self.pairs = pairs
-        self.transform = transform
-        self.seed = seed
-        self.caption_policy = caption_policy
-
-    def __getitem__(self, position: int) -> DrawnPair:
-        """Raises UserError when 16 samples in a row are broken."""
-        epoch, place = divmod(position, len(self.pairs))
-        number = int(_permutation(len(self.pairs), self.seed, epoch)[place])
-        rejected: list[tuple[str, str]] = []
-        for attempt in range(MAX_ATTEMPTS):
-            rng = np.random.default_rng([SAMPLE_STREAM, self.seed, position, attempt])
-            if attempt > 0:
-                number = int(rng.integers(len(self.pairs)))
-            try:
-                stored = self.pairs[number]
-                caption = choose_caption(stored.captions, self.caption_policy, rng)
-                return DrawnPair(self.transform(stored.image, rng), caption, stored.image_id, stored.key, rejected)
-            except BrokenSample as error:
-                rejected.append((self.pairs.key(number), error.reason))
-        reasons = ", ".join(f"{reason} ({times})" for reason, times in Counter(r for _, r in rejected).items())
-        raise UserError(
-            f"{MAX_ATTEMPTS} samples in a row are broken: {reasons}; the last is {rejected[-1][0]}; "
-            "look at the shards, or pack them again"
-        )
-
-
-@lru_cache(maxsize=4)  # a batch touches two epochs at most places; two loaders may share a process
-def _permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([ORDER_STREAM, seed, epoch]).permutation(samples)
+    shards: ShardSpec
+    weight: float | None = None
 
 
 class PairLoader:
@@ -129,12 +47,14 @@ class PairLoader:
         samples_per_epoch: N.
         missing: number of samples, by shard, that were promised and are not there.
         start_position: place in the stream, in samples over all ranks.
+        leaves_decoding: whether the images of batches are files that the device is to decode.
+        board: what its processes are at.
     """
 
     def __init__(
         self,
-        dataset: PairDataset,
-        tokenize: Tokenize,
+        pairs: LocalPairs | StreamedPairs,
+        maker: BatchMaker,
         *,
         global_batch_size: int,
         rank: int,
@@ -143,15 +63,13 @@ class PairLoader:
         prefetch: int,
         start_position: int = 0,
     ) -> None:
-        if global_batch_size < 1 or global_batch_size % world_size:
-            raise UserError(
-                f"global_batch_size={global_batch_size} cannot be split over {world_size} ranks; "
-                f"use {max(global_batch_size // world_size, 1) * world_size} or change the number of ranks"
-            )
-        self.samples_per_epoch = len(dataset.pairs)
-        self.missing = dataset.pairs.missing
+        self.samples_per_epoch = pairs.samples_per_epoch
+        self.missing = pairs.missing
         self.start_position = start_position
-        self._batches = _Batches(dataset, tokenize)
+        self.leaves_decoding = maker.leaves_decoding
+        self.board = StageBoard(workers)
+        self._pairs = pairs
+        self._batches = _Batches(pairs, maker, self.board)
         self._global_batch_size = global_batch_size
         self._batch_size = global_batch_size // world_size
         self._rank = rank
@@ -170,8 +88,15 @@ class PairLoader:
 
     def describe(self) -> dict[str, int | str]:
         """What the stream is made of, for the record of a run."""
-        shards = self._batches.dataset.pairs.shards
-        return {"samples": self.samples_per_epoch, "tars": len(shards), "sha256": fingerprint(shards)}
+        return self._pairs.describe()
+
+    def source_counts(self, position: int) -> dict[str, int]:
+        """Samples of each source before ``position``; empty where there is one source."""
+        return self._pairs.source_counts(position)
+
+    def seen(self, position: int) -> np.ndarray | None:
+        """(N,) bool: the samples that occur before ``position``; None where shards are streamed."""
+        return self._pairs.seen(position)
 
     def close(self) -> None:
         """End the workers of every iterator that was started."""
@@ -191,111 +116,108 @@ class PairLoader:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # DataLoader seeds its workers from the global one otherwise
         )
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        watchdog = Watchdog(self.board)
+        try:
+            batches = iter(loader)
+            while True:
+                with watchdog.waiting():
+                    batch = _next(batches)
+                yield batch
+        finally:
+            watchdog.close()
 
 
 def build_loader(
-    shards: ShardSpec,
+    shards: ShardSpec | Mapping[str, Source],
     transform: Transform,
     tokenize: Tokenize,
     *,
     global_batch_size: int,
     seed: int,
-    caption_policy: str = "random",
+    choose_caption: CaptionChoice | None = None,
+    augment: Any = None,
     workers: int = 2,
     prefetch: int = 2,
     rank: int | None = None,
     world_size: int | None = None,
     start_position: int = 0,
+    report: Callable[[int, int], None] | None = None,
+    stream: Mapping[str, Any] | None = None,
 ) -> PairLoader:
     """The stream over ``shards``, for this rank.
 
     Args:
-        shards: as ``resolve_shards`` takes them.
+        shards: as ``resolve_shards`` takes them, or remote ones as ``resolve_remote``, or several sources by name.
         transform: bytes of an image and a generator -> (3, H, W) uint8, as ``TrainTransform``.
-        tokenize: B captions -> (B, L) int64.
+        tokenize: B captions -> (B, L) int64, and (B,) bool: which of them were cut.
         global_batch_size: pairs a step over all ranks.
+        choose_caption: which text of a sample is used; a random one of its captions where None.
+        augment: what is drawn for the augmentation on the device, as ``DeviceAugment``.
         workers: processes a rank that read and decode; 0 reads in this one.
         prefetch: batches that each worker has ready.
         rank: of this process; what torch.distributed says where None, as for ``world_size``.
         start_position: samples (over all ranks) that an earlier run has taken from the stream.
+        report: called with (shards looked at, their number) while a first look is taken.
+        stream: for remote shards: ``allow_pipe``, ``cache``, ``samples_per_epoch``, ``shuffle_buffer``, … of
+            ``open_remote``.
 
     Raises:
-        UserError: shards, batch size, seed or caption policy are not usable.
+        UserError: shards, weights, batch size, seed or caption policy are not usable.
     """
-    pairs = StoredPairs(resolve_shards(shards))
-    dataset = PairDataset(pairs, transform, seed=seed, caption_policy=caption_policy)
-    return PairLoader(
-        dataset,
-        tokenize,
-        global_batch_size=global_batch_size,
-        rank=distributed.rank() if rank is None else rank,
-        world_size=distributed.world_size() if world_size is None else world_size,
-        workers=workers,
-        prefetch=prefetch,
-        start_position=start_position,
+    rank = distributed.rank() if rank is None else rank
+    world_size = distributed.world_size() if world_size is None else world_size
+    if global_batch_size < 1 or global_batch_size % world_size:
+        raise UserError(
+            f"global_batch_size={global_batch_size} cannot be split over {world_size} ranks; "
+            f"use {max(global_batch_size // world_size, 1) * world_size} or change the number of ranks"
+        )
+    if seed < 0:
+        raise UserError(f"seed={seed}; seeds count from 0: give a number of 0 or more")
+    sources = shards if isinstance(shards, Mapping) else {"train": Source(shards)}
+    if not sources:
+        raise UserError("no source of training pairs is named; give data.train.shards, or data.train.sources")
+    layout = {
+        "global_batch_size": global_batch_size, "rank": rank, "world_size": world_size, "workers": workers
+    }  # fmt: skip
+    remote = [name for name, source in sources.items() if is_remote(source.shards)]
+    if remote and len(remote) < len(sources):
+        raise UserError(
+            f"sources {', '.join(remote)} are remote and the others are not; name local ones as file:///… as well, "
+            "and all are streamed"
+        )
+    pairs = (
+        open_remote(sources, seed=seed, **layout, **(stream or {}))
+        if remote
+        else open_local(sources, seed=seed, report=report)
     )
-
-
-class ShardPairs(Dataset):
-    """Held-out pairs for evaluation, all or the first ``limit``, in shard order.
-
-    ``[i]`` is (RGB image, all captions, image id). A broken sample is an error: what is measured must not depend
-    silently on what could be read.
-
-    Raises:
-        UserError: the shards hold fewer samples than their manifest says.
-    """
-
-    def __init__(self, shards: ShardSpec, limit: int | None = None) -> None:
-        self._pairs = StoredPairs(resolve_shards(shards))
-        if self._pairs.missing:
-            raise UserError(
-                f"held-out shards lack samples that their manifest lists ({self._pairs.missing}); "
-                "bring back the whole tars, or pack them again"
-            )
-        self._length = min(len(self._pairs), limit if limit is not None else len(self._pairs))
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, number: int) -> tuple[Image.Image, list[str], str]:
-        place = range(self._length)[number]
-        try:
-            pair = self._pairs[place]
-            return decode_pil(pair.image), pair.captions, pair.image_id
-        except BrokenSample as error:
-            raise UserError(
-                f"held-out pair {self._pairs.key(place)} cannot be read ({error.reason}); "
-                "pack the shards again, which rejects it and says so"
-            ) from error
+    maker = BatchMaker(transform, tokenize, choose_caption or CaptionChoice(), seed, augment)
+    return PairLoader(pairs, maker, **layout, prefetch=prefetch, start_position=start_position)
 
 
 class _Batches(Dataset):
-    """Positions of a batch -> Batch."""
+    """Positions of a batch -> Batch, in this process or in a loader's."""
 
-    def __init__(self, dataset: PairDataset, tokenize: Tokenize) -> None:
-        self.dataset = dataset
-        self.tokenize = tokenize
+    def __init__(self, pairs: LocalPairs | StreamedPairs, maker: BatchMaker, board: StageBoard) -> None:
+        self.pairs = pairs
+        self.maker = maker
+        self.board = board
 
     def __getitem__(self, positions: range) -> Batch | UserError:
+        worker = get_worker_info()
+        number = worker.id if worker is not None else 0
         try:
-            return self._collate([self.dataset[position] for position in positions])
+            batch = self.maker(positions, self.pairs.supply(positions, partial(self.board.write, number)))
         except UserError as error:
             return error  # raised in a worker, it would reach the user inside a traceback
+        self.board.write(number, "waiting to be asked")
+        return batch
 
-    def _collate(self, pairs: list[DrawnPair]) -> Batch:
-        return Batch(
-            image=torch.stack([pair.image for pair in pairs]),
-            text=self.tokenize([pair.caption for pair in pairs]),
-            image_id=torch.tensor([id_to_int64(pair.image_id) for pair in pairs]),
-            caption_id=torch.tensor([id_to_int64(caption_id(pair.caption)) for pair in pairs]),
-            key=[pair.key for pair in pairs],
-            rejected=[rejection for pair in pairs for rejection in pair.rejected],
-        )
+
+def _next(batches: Iterator[Batch | UserError]) -> Batch:
+    batch = next(batches)
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
 
 
 def _unchanged(batch: Batch | UserError) -> Batch | UserError:

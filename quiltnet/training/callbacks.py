@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quiltnet.distributed import all_gather_object, broadcast_object, is_main, mean_over_ranks, on_main
 from quiltnet.errors import UserError
 from quiltnet.training.checkpoint import checkpoint_path, save_checkpoint
+from quiltnet.training.data_statistics import DataStatistics
 from quiltnet.training.engine import Callback, Pairs, TrainState
 from quiltnet.training.loggers import LoggerGroup, cut_after
 
@@ -32,10 +33,13 @@ class Evaluator(Protocol):
 class LogMetrics(Callback):
     """Means since the last line, over steps and ranks; the only place where training waits for the device."""
 
-    def __init__(self, logger: LoggerGroup, every_samples: int, samples_per_epoch: int) -> None:
+    def __init__(
+        self, logger: LoggerGroup, every_samples: int, samples_per_epoch: int, data: DataStatistics | None = None
+    ) -> None:
         self.logger = logger
         self.every_samples = every_samples
         self.samples_per_epoch = samples_per_epoch
+        self.data = data
 
     def fit_start(self, state: TrainState) -> None:
         self._steps: list[dict[str, Tensor]] = []
@@ -45,6 +49,8 @@ class LogMetrics(Callback):
             # From the asking for the first batch: what other callbacks did in between is not training time.
             self._start = time.perf_counter() - metrics["step_s"].item()
         self._steps.append(metrics)
+        if self.data is not None:
+            self.data.add(batch)
         if state.passed(self.every_samples):
             self._log(state)
 
@@ -66,6 +72,8 @@ class LogMetrics(Callback):
         line["train/samples_per_s"] = samples / elapsed_s
         line["train/epoch"] = state.samples_seen / self.samples_per_epoch
         line["data/wait_share"] = waited_s / elapsed_s
+        if self.data is not None:
+            line.update(self.data.collect(state.samples_seen))
         self.logger.log(line, state.samples_seen)
         self._steps = []
 
@@ -123,8 +131,9 @@ class Quarantine(Callback):
         self._write(found, state.samples_seen)
         if not self.counts:
             return
-        self.logger.log({f"data/rejected_{reason}": n for reason, n in sorted(self.counts.items())}, state.samples_seen)
         bad = sum(self.counts.values())
+        by_reason = {f"data/bad_samples_{reason}": n for reason, n in sorted(self.counts.items())}
+        self.logger.log({"data/bad_samples": bad, **by_reason}, state.samples_seen)
         if bad > self.max_fraction * max(state.samples_seen, _SAMPLES_BEFORE_JUDGING):
             raise UserError(
                 f"{bad} of {state.samples_seen} samples were broken ({dict(self.counts)}), more than "

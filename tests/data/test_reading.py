@@ -18,8 +18,12 @@ import numpy as np
 import pytest
 import torch
 
+from quiltnet.cli.door import leave_if_user_error
+from quiltnet.data.batches import Batch
+from quiltnet.data.captions import CaptionChoice
 from quiltnet.data.pairs import caption_id, id_to_int64, image_id
-from quiltnet.data.reading import Batch, build_loader
+from quiltnet.data.permutation import permuted
+from quiltnet.data.reading import Source, build_loader
 from quiltnet.data.transforms import TrainTransform
 from quiltnet.errors import UserError
 from tests.data.conftest import draw_image, encode
@@ -27,13 +31,23 @@ from tests.data.conftest import draw_image, encode
 TRANSFORM = TrainTransform(24, scale=(0.5, 1.0), horizontal_flip=True)
 
 
-def tokenize(captions: list[str]) -> torch.Tensor:
-    """(B, 32): the letters."""
-    return torch.tensor([list(caption.encode()[:32].ljust(32)) for caption in captions])
+def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, 32): the letters; and whether there were more of them."""
+    letters = torch.tensor([list(caption.encode()[:32].ljust(32)) for caption in captions])
+    return letters, torch.tensor([len(caption) > 32 for caption in captions])
+
+
+class Noise:
+    """An augmentation on the device that wants two numbers a sample."""
+
+    draws = 2
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.random(2, np.float32)
 
 
 def batches(shards, count: int, **options) -> list[Batch]:
-    defaults = {"global_batch_size": 6, "seed": 5, "workers": 0, "rank": 0, "world_size": 1}
+    defaults = {"global_batch_size": 6, "seed": 5, "workers": 0, "rank": 0, "world_size": 1, "augment": Noise()}
     loader = build_loader(shards, TRANSFORM, tokenize, **{**defaults, **options})
     stream = iter(loader)
     try:
@@ -44,19 +58,31 @@ def batches(shards, count: int, **options) -> list[Batch]:
 
 def joined(parts: list[Batch]) -> tuple:
     """Everything that is in the parts of a global batch, in order."""
-    tensors = [torch.cat([getattr(p, name) for p in parts]) for name in ("image", "text", "image_id", "caption_id")]
+    names = ("image", "text", "image_id", "caption_id", "number", "truncated", "draws")
+    tensors = [torch.cat([getattr(p, name) for p in parts]) for name in names]
     lists = [[item for p in parts for item in getattr(p, name)] for name in ("key", "rejected")]
     return *(tensor.numpy().tobytes() for tensor in tensors), *lists
 
 
+@pytest.mark.parametrize("shards", [1, 2, 7])
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_order_does_not_depend_on_ranks_or_workers(make_shards, world_size, workers):
-    train = make_shards(20)
-    expected = [joined([batch]) for batch in batches(train, 8)]  # more than two epochs
+def test_exactly_once_and_the_same_for_every_layout(make_shards, world_size, workers, shards):
+    """One epoch of uneven shards: every sample once; every global batch as one process without workers has it."""
+    train = make_shards(36, samples_per_shard={1: 36, 2: 20, 7: 6}[shards])
+    uneven = sorted(train.glob("*.tar"))
+    assert len(uneven) == {1: 1, 2: 2, 7: 6}[shards]
+    if shards == 7:
+        write_tar(train / "test-000006.tar", {"extra": encode(draw_image(99))})
+        train = sorted(train.glob("*.tar"))
+    total = 36 + (shards == 7)
+    expected = [joined([batch]) for batch in batches(train, 8)]  # more than an epoch
     ranks = [batches(train, 8, rank=r, world_size=world_size, workers=workers) for r in range(world_size)]
     assert [joined(list(parts)) for parts in zip(*ranks, strict=True)] == expected
-    assert {len(batch.key) for parts in ranks for batch in parts} == {6 // world_size}
+    keys = [key for parts in zip(*ranks, strict=True) for part in parts for key in part.key]
+    assert len(set(keys[:total])) == total and len(keys) == 48
+    numbers = [n for parts in zip(*ranks, strict=True) for part in parts for n in part.number.tolist()]
+    assert sorted(numbers[:total]) == list(range(total))
 
 
 def test_what_a_batch_holds(make_shards):
@@ -71,6 +97,9 @@ def test_what_a_batch_holds(make_shards):
         assert batch.image_id[row].item() == id_to_int64(image_id(f"tile{number:03d}.jpg"))
         assert batch.caption_id[row].item() == id_to_int64(caption_id(caption))
     assert batch.rejected == []
+    assert batch.number.tolist() == permuted(np.arange(6), 20, 0, 5, 0, 0).tolist()
+    assert batch.truncated.dtype == torch.bool and not batch.truncated.any()
+    assert batch.draws.shape == (6, 2) and len(set(batch.draws.ravel().tolist())) == 12
 
 
 def test_every_sample_once_an_epoch_and_epochs_differ(make_shards):
@@ -86,13 +115,13 @@ def test_a_batch_may_be_larger_than_an_epoch(make_shards):
 
 
 def test_the_order_is_that_of_the_definition(make_shards):
-    """Independent of the reader: keys of the shards, permuted by numpy."""
+    """Independent of the reader: keys of the shards, permuted."""
     train = make_shards(20)
     keys = []
     for path in sorted(train.glob("*.tar")):
         with tarfile.open(path) as tar:
             keys += [name.removesuffix(".jpg") for name in tar.getnames() if name.endswith(".jpg")]
-    order = [keys[i] for epoch in (0, 1) for i in np.random.default_rng([0, 5, epoch]).permutation(20)]
+    order = [keys[i] for epoch in (0, 1) for i in permuted(np.arange(20), 20, 0, 5, epoch, 0)]
     assert [key for batch in batches(train, 6) for key in batch.key] == order[:36]
 
 
@@ -114,7 +143,7 @@ def test_captions_and_crops_change_between_epochs(make_shards):
 
 @pytest.mark.parametrize(("policy", "start"), [("first", "first of"), ("joined", "first of 1")])
 def test_caption_policies(make_shards, policy, start):
-    for batch in batches(make_shards(5), 3, caption_policy=policy):
+    for batch in batches(make_shards(5), 3, choose_caption=CaptionChoice(policy)):
         for text in batch.text:
             caption = bytes(text.tolist()).decode().strip()
             assert caption.startswith("first of ")
@@ -131,6 +160,36 @@ def test_a_position_is_enough_to_resume(make_shards, workers):
     keys = [key for batch in straight for key in batch.key]
     regrouped = batches(train, 2, global_batch_size=4, start_position=3 * 6, workers=workers)
     assert [key for batch in regrouped for key in batch.key] == keys[18:26]
+
+
+def test_several_sources(make_shards):
+    one, two = make_shards(20, name="one"), make_shards(4, name="two")
+    plain = {"one": Source(one), "two": Source(two)}
+    keys = Counter((key, number >= 20) for b in batches(plain, 4) for key, number in zip(b.key, b.number, strict=True))
+    assert sorted(keys.values()) == [1] * 24, "without weights, every sample of every source once an epoch"
+    weighted = {"one": Source(one, 1), "two": Source(two, 3)}
+    straight = batches(weighted, 40)
+    share = np.mean([n >= 20 for batch in straight for n in batch.number.tolist()])
+    assert 0.68 < share < 0.82
+    halves = [batches(weighted, 40, rank=r, world_size=2, workers=1) for r in range(2)]
+    assert [joined(list(parts)) for parts in zip(*halves, strict=True)] == [joined([b]) for b in straight]
+    loader = build_loader(weighted, TRANSFORM, tokenize, global_batch_size=6, seed=5, workers=0, rank=0, world_size=1)
+    counts = loader.source_counts(240)
+    assert sum(counts.values()) == 240 and counts["two"] == sum(n >= 20 for b in straight for n in b.number.tolist())
+    assert set(np.flatnonzero(loader.seen(60))) == {n for b in straight[:10] for n in b.number.tolist()}
+
+
+def test_a_broken_sample_is_replaced_by_one_of_its_source(tmp_path):
+    good = write_tar(tmp_path / "good.tar", {f"good{n}": encode(draw_image(n)) for n in range(5)})
+    rest = {f"ok{n}": encode(draw_image(n)) for n in range(5)}
+    mixed = write_tar(tmp_path / "mixed.tar", {**rest, "bad": b"text"})
+    sources = {"good": Source(good, 1), "mixed": Source(mixed, 1)}
+    stand_ins = 0
+    for batch in batches(sources, 20):
+        for number, key in zip(batch.number.tolist(), batch.key, strict=True):
+            assert key.startswith("good" if number < 5 else "ok")
+        stand_ins += len(batch.rejected)
+    assert stand_ins >= 5
 
 
 def test_start_serves_several_streams(make_shards):
@@ -225,12 +284,40 @@ def test_nothing_but_broken_samples_ends_the_run_with_the_reasons(tmp_path, work
         ({"global_batch_size": 2, "world_size": 3}, "use 3 or change"),
         ({"global_batch_size": 0}, "global_batch_size=0 cannot be split"),
         ({"seed": -1}, "seed=-1"),
-        ({"caption_policy": "longest"}, "caption_policy='longest'"),
     ],
 )
 def test_doors(make_shards, options, message):
     with pytest.raises(UserError, match=message):
         batches(make_shards(3), 1, **options)
+
+
+def test_a_shard_that_is_deleted_between_two_epochs(make_shards):
+    train = make_shards(24, samples_per_shard=8)
+    loader = build_loader(train, TRANSFORM, tokenize, global_batch_size=6, seed=5, workers=0, rank=0, world_size=1)
+    stream = iter(loader)
+    first = list(islice(stream, 4))
+    (train / "test-000001.tar").unlink()
+    second = list(islice(stream, 4))
+    assert not any(batch.rejected for batch in first)
+    rejected = [rejection for batch in second for rejection in batch.rejected]
+    assert {reason for _, reason in rejected} == {"unreadable_shard"} and len({key for key, _ in rejected}) == 8
+    assert all(len(batch.key) == 6 for batch in second)
+
+
+def test_a_loader_process_that_dies_ends_the_run(make_shards, capsys):
+    loader = build_loader(
+        make_shards(20), TRANSFORM, tokenize, global_batch_size=6, seed=5, workers=1, rank=0, world_size=1
+    )
+    before = children()
+    stream = iter(loader)
+    next(stream)
+    for pid in children() - before:
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
+        list(islice(stream, 10))
+    with pytest.raises(SystemExit) as exit:
+        leave_if_user_error(caught.value)
+    assert exit.value.code == 2 and "fewer data.train.workers" in capsys.readouterr().err
 
 
 def children() -> set[int]:

@@ -100,7 +100,11 @@ def test_quarantine_counts_by_reason_and_lists_keys(tmp_path):
     quarantine = Quarantine(path, recorder, every_samples=[8], max_fraction=0.5, missing={"a.tar": 3})
     train([quarantine], rejected=[("key1", "broken_image"), ("key2", "no_caption")])
     assert recorder[0] == (0, {"data/missing_samples": 3})
-    assert recorder[-1][1] == {"data/rejected_broken_image": 4, "data/rejected_no_caption": 4}
+    assert recorder[-1][1] == {
+        "data/bad_samples": 8,
+        "data/bad_samples_broken_image": 4,
+        "data/bad_samples_no_caption": 4,
+    }
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows[0] == {"samples_seen": 0, "key": "a.tar", "reason": "missing_from_tar", "samples": 3}
     assert [row["key"] for row in rows[1:]] == ["key1", "key2"] * 4
@@ -120,7 +124,7 @@ def test_a_resumed_quarantine_goes_on_counting(tmp_path):
     state.samples_seen = 8  # the checkpoint was made there, the run went on to 16
     again = Quarantine(path, recorder, every_samples=[4], max_fraction=1)
     fit(state, batches(rejected=[("k", "no_image")]), InfoNCE(), [again], total_samples=16)
-    assert recorder[-1] == (16, {"data/rejected_no_image": 4})
+    assert recorder[-1] == (16, {"data/bad_samples": 4, "data/bad_samples_no_image": 4})
 
 
 def test_missing_samples_are_written_down_once(tmp_path):

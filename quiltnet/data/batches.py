@@ -1,0 +1,210 @@
+"""Pairs of one rank as tensors, and how they are made from stored pairs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from quiltnet.data.decoding import BrokenSample
+from quiltnet.data.device_decoding import JoinedTiles
+from quiltnet.data.pairs import caption_id, id_to_int64
+from quiltnet.data.stored_pairs import StoredPair
+from quiltnet.data.transforms import EncodedTile
+from quiltnet.errors import UserError
+
+Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]  # -> (B, L) int64, (B,) bool: was it cut
+
+# If half of all samples are broken, 16 in a row are once in 65,000: then something else is wrong, and is
+# said.
+MAX_ATTEMPTS = 16
+
+SAMPLE_STREAM = 1  # second word of the key, so that orders and samples are drawn independently
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs of one rank.
+
+    Attributes:
+        image: (B, 3, H, W) uint8, not normalised; or B files that the device is to decode.
+        text: (B, L) int64.
+        image_id: (B,) int64; equal where the image is the same.
+        caption_id: (B,) int64; equal where the caption is the same but for case and white space.
+        number: (B,) int64, of the samples in the data set; -1 where it is not known.
+        truncated: (B,) bool, captions longer than the model's context.
+        draws: (B, P) float32, what the augmentation on the device needs.
+        key: B sample keys.
+        rejected: (key, reason) of samples that were broken, and that others in this batch stand in for.
+    """
+
+    image: Tensor | JoinedTiles
+    text: Tensor
+    image_id: Tensor
+    caption_id: Tensor
+    number: Tensor
+    truncated: Tensor
+    draws: Tensor
+    key: list[str]
+    rejected: list[tuple[str, str]]
+
+    def pin_memory(self) -> Batch:
+        """Called by DataLoader."""
+        large = ("image", "text", "draws")  # what goes to the device
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in large})
+
+
+class Transform(Protocol):
+    """Bytes of an image and a generator -> a tile, as ``TrainTransform``."""
+
+    height: int
+    width: int
+    decode: str
+
+    def into(self, data: bytes, rng: np.random.Generator, out: Tensor) -> None: ...
+
+    def plan(self, data: bytes, rng: np.random.Generator) -> EncodedTile | Tensor: ...
+
+
+class Supply(Protocol):
+    """Where the pairs of a batch come from.
+
+    Attributes:
+        rejected: (key, reason) of samples that were lost before they could be handed over.
+    """
+
+    rejected: list[tuple[str, str]]
+
+    def first(self, row: int) -> tuple[StoredPair, int]:
+        """The pair that belongs there and its number. Raises BrokenSample."""
+
+    def another(self, row: int, rng: np.random.Generator) -> tuple[StoredPair, int]:
+        """One to stand in for a broken one. Raises BrokenSample."""
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Positions of the stream -> Batch: a pure function of the seed, the positions and what is stored.
+
+    A broken sample is replaced by another one, drawn from a generator that is seeded by seed, position and attempt.
+
+    Attributes:
+        choose_caption: captions, json of the sample, generator -> one text.
+        augment: anything with ``draws`` (numbers a sample) and ``draw(rng)``; None for no augmentation on the device.
+    """
+
+    transform: Transform
+    tokenize: Tokenize
+    choose_caption: Callable[[Sequence[str], Mapping[str, Any], np.random.Generator], str]
+    seed: int
+    augment: Any = None
+
+    @property
+    def leaves_decoding(self) -> bool:
+        """Whether files are handed on to the device."""
+        return self.transform.decode == "cuda"
+
+    def __call__(self, positions: Sequence[int], supply: Supply) -> Batch:
+        """Raises UserError when 16 samples in a row are broken."""
+        draft = _Draft(self, len(positions))
+        for row, position in enumerate(positions):
+            draft.fill(row, position, supply)
+        return draft.finish(supply.rejected)
+
+
+class _Draft:
+    """A batch in the making."""
+
+    def __init__(self, maker: BatchMaker, rows: int) -> None:
+        self.maker = maker
+        self.generators = SampleGenerators(maker.seed)
+        self.tiles: list[EncodedTile | Tensor] = []
+        self.image = None if maker.leaves_decoding else _empty(rows, maker.transform.height, maker.transform.width)
+        self.draws = np.zeros((rows, maker.augment.draws if maker.augment else 0), np.float32)
+        self.captions: list[str] = []
+        self.pairs: list[tuple[str, int]] = []  # image id and number
+        self.keys: list[str] = []
+        self.rejected: list[tuple[str, str]] = []
+
+    def fill(self, row: int, position: int, supply: Supply) -> None:
+        reasons = []
+        for attempt in range(MAX_ATTEMPTS):
+            rng = self.generators.at(position, attempt)
+            try:
+                stored, number = supply.first(row) if attempt == 0 else supply.another(row, rng)
+                return self._put(row, stored, number, rng)
+            except BrokenSample as error:
+                reasons.append(error.reason)
+                self.rejected.append((error.key, error.reason))
+        told = ", ".join(f"{reason} ({times})" for reason, times in Counter(reasons).items())
+        raise UserError(
+            f"{MAX_ATTEMPTS} samples in a row are broken: {told}; the last is {self.rejected[-1][0]}; "
+            "look at the shards, or pack them again"
+        )
+
+    def finish(self, lost: list[tuple[str, str]]) -> Batch:
+        text, truncated = self.maker.tokenize(self.captions)
+        return Batch(
+            image=JoinedTiles.join(self.tiles) if self.image is None else self.image,
+            text=text,
+            image_id=torch.tensor([id_to_int64(image_id) for image_id, _ in self.pairs]),
+            caption_id=torch.tensor([id_to_int64(caption_id(caption)) for caption in self.captions]),
+            number=torch.tensor([number for _, number in self.pairs]),
+            truncated=truncated,
+            draws=torch.from_numpy(self.draws),
+            key=self.keys,
+            rejected=[*lost, *self.rejected],
+        )
+
+    def _put(self, row: int, stored: StoredPair, number: int, rng: np.random.Generator) -> None:
+        maker = self.maker
+        caption = maker.choose_caption(stored.captions, stored.record, rng)
+        try:
+            if self.image is None:
+                self.tiles.append(maker.transform.plan(stored.image, rng))
+            else:
+                maker.transform.into(stored.image, rng, self.image[row])
+        except BrokenSample as error:
+            raise BrokenSample(error.reason, stored.key) from error
+        if maker.augment:
+            self.draws[row] = maker.augment.draw(rng)
+        self.captions.append(caption)
+        self.pairs.append((stored.image_id, number))
+        self.keys.append(stored.key)
+
+
+def _empty(rows: int, height: int, width: int) -> Tensor:
+    """``(rows, 3, height, width)`` uint8 to be filled, laid out as files decode (channels_last)."""
+    shape = (rows, height, width, 3)
+    if get_worker_info() is None:
+        image = torch.empty(shape, dtype=torch.uint8)
+    else:
+        # Made in the memory by which a worker hands it over, it need not be copied there; so does default_collate.
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))
+        image = torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+    return image.permute(0, 3, 1, 2)
+
+
+class SampleGenerators:
+    """A generator for each position and attempt, without the 12 microseconds that a new one costs.
+
+    Philox is a function of a key and a counter (Salmon et al. 2011): the same one is set to another place.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._philox = np.random.Philox(key=np.array([seed, SAMPLE_STREAM], np.uint64))
+        self._generator = np.random.Generator(self._philox)
+        self._start = self._philox.state
+
+    def at(self, position: int, attempt: int) -> np.random.Generator:
+        """Valid until the next call. Draws of different places do not overlap before 2**64 of them."""
+        self._start["state"]["counter"][:] = (0, attempt, position, 0)
+        self._philox.state = self._start
+        return self._generator
