@@ -38,10 +38,8 @@ def main(out: Path, samples: int = 640) -> None:
     seed_everything(0)
     model = build_model(image=IMAGE, text={**TEXT, "context_length": 48}, embed_dim=256, image_size=96)
     tiles, prompts = in_memory(labelled_tiles(count=100, size=96)), PromptSet(["a histopathology slide showing {}"])
-    evaluators = {
-        "zeroshot": ZeroShotClassification(tiles, prompts),
-        "val_pairs": ValPairs(ShardPairs(out / "shards" / "val")),
-    }
+    held_out = ShardPairs(out / "shards" / "val")
+    evaluators = {"zeroshot": ZeroShotClassification(tiles, prompts), "val_pairs": ValPairs(held_out)}
     transform = TrainTransform(model.image_size, horizontal_flip=True, vertical_flip=True)
     loader = build_loader(out / "shards" / "train", transform, model.batch_tokenizer(), global_batch_size=32, seed=0)
     total_samples = loader.samples_per_epoch // 32 * 32

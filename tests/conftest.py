@@ -35,3 +35,10 @@ def drawn_shards(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("drawn") / "set"
     shard(out=out, format=Format.synthetic, samples=60, size=48, samples_per_shard=13)
     return out
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -26,12 +26,6 @@ from tests.training.test_loggers import logged_to_wandb
 CONF = str(ROOT / "conf")
 
 
-@pytest.fixture
-def work(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def run(*options: str) -> None:
     train_main(["model=tiny", "debug=fast", *options], conf=CONF)
 

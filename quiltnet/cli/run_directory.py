@@ -173,11 +173,18 @@ def _refuse_changes(run: Path, config: Mapping[str, Any], data: Mapping[str, Any
             f"the run cannot continue with another configuration ({shown}); give the options of the first start, "
             "or choose another run_name"
         )
-    trained_on = json.loads((run / ENVIRONMENT_NAME).read_text(encoding="utf-8"))["data"]
-    if trained_on != dict(data):
+    trained_on, given = json.loads((run / ENVIRONMENT_NAME).read_text(encoding="utf-8"))["data"], dict(data)
+    loaders, now_loaders = trained_on.pop("loaders", None), given.pop("loaders", None)  # of streamed shards
+    if trained_on != given:
         raise UserError(
-            f"the shards are not those that the run began with ({trained_on} then, {dict(data)} now); "
+            f"the shards are not those that the run began with ({trained_on} then, {given} now); "
             "bring them back, or choose another run_name"
+        )
+    if loaders != now_loaders:
+        print(
+            f"note: the shards are streamed, by {loaders} loaders (ranks x workers) when the run began and {now_loaders} "
+            "now: some samples of this epoch will come twice and others not at all",
+            file=sys.stderr,
         )
 
 

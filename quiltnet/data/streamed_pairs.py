@@ -81,7 +81,8 @@ class StreamedPairs:
         for shard in (shard for stream in self._streams for shard in stream):
             digest.update(f"{without_secrets(shard.url)} {shard.sha256 or shard.samples}\n".encode())
             tars += 1
-        return {"samples": self.samples_per_epoch, "tars": tars, "sha256": digest.hexdigest()}
+        facts = {"samples": self.samples_per_epoch, "tars": tars, "sha256": digest.hexdigest()}
+        return {**facts, "loaders": self._units}
 
     def source_counts(self, position: int) -> dict[str, int]:
         """Samples of each source before ``position``; empty where there is one source, or no weights."""
