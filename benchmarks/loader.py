@@ -159,6 +159,28 @@ def count_equal_tokens(folder: Path) -> tuple[int, int]:
     return int((ours == get_tokenizer("ViT-B-32")(captions)).all(1).sum()), len(captions)
 
 
+def report_pixels(folder: Path, images: int = 100) -> None:
+    """Error of each path against open_clip's pixels of the same crop."""
+    from decode import report_errors
+
+    from quiltnet.data.shard_files import resolve_shards
+    from quiltnet.data.stored_pairs import StoredPairs
+
+    def images_of(name: str) -> list[bytes]:
+        pairs = StoredPairs(resolve_shards(folder / name))
+        return [pairs[number].image for number in range(images)]
+
+    originals = images_of("tars")
+    for path, (decode, name) in {
+        "exact": ("exact", "tars"),
+        "scaled": ("scaled", "tars"),
+        "prepared JPEG": ("exact", "prepared-jpeg"),
+        "prepared raw": ("exact", "prepared-raw"),
+    }.items():
+        print(path)
+        report_errors(decode, originals if name == "tars" else images_of(name), originals)
+
+
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +205,7 @@ def main(arguments: argparse.Namespace) -> None:
         floor = decode_floor_ms(folder)
         print(f"{arguments.samples} JPEGs, mean {kib:.0f} KiB; decoding alone {floor:.2f} ms")
         print(f"tokens equal for {equal} of {captions} captions", flush=True)
+        report_pixels(folder)
         quiet = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         peer = {**quiet, "PYTHONPATH": str(arguments.peer_webdataset)}
         roles = {f"open_clip 3.3.0{suffix}": peer for suffix in ("", ", 2 workers")} | dict.fromkeys(PATHS, quiet)
