@@ -80,7 +80,9 @@ class ContrastiveModel(nn.Module):
         """image: ``(B, 3, H, W)``, floats from ``transform`` or raw uint8, which is normalised here -> ``(B, D)``."""
         if image.dtype == torch.uint8:
             # torchvision's ToTensor and Normalize, operation for operation, so that both roads give the same bits.
-            image = image.float().div(255).sub(self._mean).div(self._std)
+            # Not in the loader's channels_last, in which gradients of 1x1 convolutions do not lie as DDP's buckets do.
+            image = image.to(torch.float32, memory_format=torch.contiguous_format)
+            image = image.div(255).sub(self._mean).div(self._std)
         return F.normalize(self.clip.encode_image(image).float(), dim=-1)
 
     def encode_text(self, text: Tensor) -> Tensor:

@@ -95,6 +95,17 @@ def test_uint8_is_normalised_as_the_evaluation_transform_does():
     )
 
 
+def test_towers_see_images_in_the_ordinary_layout():
+    """The loader's batches are channels_last; gradients in that layout would be copied by DDP at every step."""
+    model = tiny_model()
+    seen = []
+    model.clip.visual.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+    image = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    features = model.encode_image(image.to(memory_format=torch.channels_last))
+    assert seen == [True]
+    assert torch.equal(features, model.encode_image(image))
+
+
 def test_features_are_unit_float32_under_autocast():
     model = tiny_model()
     with torch.autocast("cpu", torch.bfloat16):
