@@ -182,8 +182,8 @@ def _refuse_changes(run: Path, config: Mapping[str, Any], data: Mapping[str, Any
         )
     if loaders != now_loaders:
         print(
-            f"note: the shards are streamed, by {loaders} loaders (ranks x workers) when the run began and {now_loaders} "
-            "now: some samples of this epoch will come twice and others not at all",
+            f"note: the shards are streamed, by {loaders} loaders (ranks x workers) when the run began and "
+            f"{now_loaders} now: some samples of this epoch will come twice and others not at all",
             file=sys.stderr,
         )
 

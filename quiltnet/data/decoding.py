@@ -35,7 +35,7 @@ class BrokenSample(Exception):
 
     Attributes:
         reason: one of empty_image, not_an_image, broken_image, too_many_pixels, unknown_pixel_range, no_image,
-            no_caption, unreadable_json, truncated_tar.
+            several_images, no_caption, unreadable_json, truncated_tar, unreadable_shard.
         key: the sample's key, where the one who raises knows it.
     """
 

@@ -150,8 +150,8 @@ def _examine_sample(row: np.ndarray, index: TarIndex, number: int) -> list[str]:
     try:
         pair = pair_from_members(index.key(number), members, "")
     except BrokenSample as error:
-        row["reason"] = error.reason
-    if row["reason"] != b"unreadable_json":
+        row["reason"] = "truncated_tar" if index.may_be_cut(number) else error.reason
+    if row["reason"] not in (b"unreadable_json", b"truncated_tar"):
         for flag in _caption_defects(members):
             row[flag] = True
     image = next((data for extension, data in members.items() if extension in IMAGE_EXTENSIONS), None)
@@ -215,7 +215,7 @@ def _caption_defects(members: Mapping[str, bytes]) -> set[str]:
     texts = list(stated) if isinstance(stated, list) else [stated]
     texts = [text for text in texts if text is not None]
     if "txt" in members and not texts:
-        texts = [members["txt"].decode("utf-8", "replace")]
+        texts = [members["txt"].decode("utf-8-sig", "replace")]
     return set(map(_caption_defect, texts)) - {""} if texts else {"caption_missing"}
 
 

@@ -40,6 +40,6 @@ class ShardPairs(Dataset):
             return decode_pil(pair.image), pair.captions, pair.image_id
         except BrokenSample as error:
             raise UserError(
-                f"held-out pair {self._pairs.key(place)} cannot be read ({error.reason}); "
+                f"held-out pair {error.key or self._pairs.key(place)} cannot be read ({error.reason}); "
                 "pack the shards again, which rejects it and says so"
             ) from error

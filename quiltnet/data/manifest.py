@@ -16,6 +16,7 @@ from quiltnet.errors import UserError
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -49,6 +50,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} has schema_version {version}, this quiltnet reads {SCHEMA_VERSION}; update quiltnet")
     manifest["totals"] = {"sources": None, "caption_words": {}, "image_sizes": {}, **manifest["totals"]}
     return {**manifest, "schema_version": SCHEMA_VERSION}
+
+
+def tars_in(folder: Path) -> list[Path]:
+    """By name; compressed ones too, since a reader that cannot have them should say so."""
+    return sorted(path for path in folder.iterdir() if path.name.endswith(TAR_ENDINGS))
 
 
 def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:

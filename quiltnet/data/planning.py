@@ -168,7 +168,9 @@ def _write_rejections(batch: pa.RecordBatch, reasons: np.ndarray, file: TextIO) 
     numbers = batch.column("number").take(rejected).to_pylist()
     paths = batch.column("image_path").take(rejected).to_pylist()
     for number, path, reason in zip(numbers, paths, of_rows, strict=True):
-        write_rejection(file, number, path, reason, DETAILS.get(reason, ""))
+        # Of an image that is named, the source itself found that it is not there.
+        detail = "" if path and reason == "missing_image" else DETAILS.get(reason, "")
+        write_rejection(file, number, path, reason, detail)
     return Counter(of_rows)
 
 

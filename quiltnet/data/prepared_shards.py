@@ -79,7 +79,7 @@ def prepare_shard(task: ShardTask, form: PreparedForm) -> int:
     for folder in (task.target.parent, task.record.parent):
         folder.mkdir(parents=True, exist_ok=True)
     unfinished = task.target.with_name(f".{task.target.name}.unfinished")
-    work = _Work(task, form, len(index))
+    work = _Work(task, form, index)
     with open(unfinished, "wb") as file:
         with tarfile.open(fileobj=file, mode="w") as tar:
             for number in range(len(index)):
@@ -111,13 +111,16 @@ def open_index(tar: Path) -> TarIndex:
     try:
         return TarIndex(tar, ensure_index(tar))
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{tar} is not a tar that can be read ({error}); shards are uncompressed tars") from error
+        raise UserError(
+            f"{tar} is not a tar that can be read ({error}); shards are uncompressed tars: gunzip a compressed one"
+        ) from error
 
 
 class _Work:
     """Counts what becomes of the samples of one tar."""
 
-    def __init__(self, task: ShardTask, form: PreparedForm, samples: int) -> None:
+    def __init__(self, task: ShardTask, form: PreparedForm, index: TarIndex) -> None:
+        samples = len(index)
         self.report = ShardReport()
         self._task = task
         self._form = form
@@ -126,7 +129,8 @@ class _Work:
         self._levels = np.zeros(256, np.int64)
         self._measured_at = np.linspace(0, samples - 1, min(task.measured, samples)).astype(int)
         self._measured = self._copied = 0
-        missing = (task.promised or 0) - samples
+        # Of a tar that breaks off, nobody may know how many it held: then it is one at least.
+        missing = int(index.is_truncated) if task.promised is None else task.promised - samples
         if missing > 0:
             self._reject("", "missing_from_tar", missing)
 
@@ -171,13 +175,18 @@ def _prepare(index: TarIndex, number: int, form: PreparedForm) -> PreparedSample
         members = index.read(number, index.members(number))
     except EOFError as error:
         raise _Dropped("truncated_tar", 1) from error
-    captions = 1  # of a sample without any that can be read, one
+    except OSError as error:
+        raise UserError(
+            f"{index.path} can no longer be read ({error}); bring it back, and the same command continues"
+        ) from error
     try:
         pair = pair_from_members(index.key(number), members, "/".join(index.path.parts[-2:]))
-        captions = len(pair.captions)
+    except BrokenSample as error:
+        raise _Dropped("truncated_tar" if index.may_be_cut(number) else error.reason, 1) from error
+    try:
         image = form.prepare(pair.image)
     except BrokenSample as error:
-        raise _Dropped(error.reason, captions) from error
+        raise _Dropped(error.reason, len(pair.captions)) from error
     renamed = {
         image.extension if name in IMAGE_EXTENSIONS else name: image.data if name in IMAGE_EXTENSIONS else data
         for name, data in members.items()
@@ -186,9 +195,12 @@ def _prepare(index: TarIndex, number: int, form: PreparedForm) -> PreparedSample
 
 
 def _write_sample(tar: tarfile.TarFile, sample: PreparedSample) -> None:
-    """Under its old key, but never with a name that leads out of the folder where someone may unpack it."""
+    """Under its old key, but never with a name that leads out of the folder where someone may unpack it.
+
+    The image comes first, so that a second sample of a name begins where its image does.
+    """
     key = "/".join(part for part in sample.pair.key.split("/") if part not in ("", ".."))
-    for extension, data in sample.members.items():
+    for extension, data in sorted(sample.members.items(), key=lambda member: member[0] not in IMAGE_EXTENSIONS):
         # No time and no owner: the checksum of the tar is one of the contents.
         member = tarfile.TarInfo(f"{key}.{extension}")
         member.size = len(data)

@@ -13,12 +13,11 @@ from urllib.parse import urlsplit
 
 import braceexpand
 
-from quiltnet.data.manifest import MANIFEST_NAME, read_manifest
+from quiltnet.data.manifest import MANIFEST_NAME, TAR_ENDINGS, read_manifest
 from quiltnet.data.remote_files import RemoteFile, Unreachable, read_whole
 from quiltnet.data.remote_sources import Patience, is_command, open_filesystem, open_source, without_secrets
 from quiltnet.errors import UserError
 
-TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 SIZES_NAME = "sizes.json"  # open_clip's: {"00000.tar": number of samples}, beside the tars
 
 BRACES = (

@@ -206,14 +206,17 @@ class _Names:
         parts = [part for part in PurePosixPath(key).parts if part not in ("/", "//", "..")]
         safe = "/".join(parts).replace("\0", "") or "sample"
         self._findings["unsafe_names"] += safe != key
-        self._given[safe] += 1
-        count = self._given[safe]
-        self._findings["duplicate_keys"] += count > 1
-        return f"{self.label}/{safe}{f'~{count}' if count > 1 else ''}.{extension}"
+        name = safe
+        while name in self._given:  # more than once where a key looks like a name that was made here
+            self._given[safe] += 1
+            name = f"{safe}~{self._given[safe]}"
+        self._given[name] = 1
+        self._findings["duplicate_keys"] += name != safe
+        return f"{self.label}/{name}.{extension}"
 
 
 def _is_ours(record: dict[str, Any]) -> bool:
-    if not set(record) >= OURS or not isinstance(record["image_path"], str):
+    if not set(record) >= OURS or not isinstance(record["image_path"], str) or not isinstance(record["captions"], list):
         return False
     count, by_caption = len(record["captions"]), record["caption_metadata"]
     is_aligned = isinstance(by_caption, dict) and all(

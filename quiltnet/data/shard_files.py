@@ -10,7 +10,7 @@ from pathlib import Path
 
 import braceexpand
 
-from quiltnet.data.manifest import MANIFEST_NAME, read_manifest
+from quiltnet.data.manifest import MANIFEST_NAME, read_manifest, tars_in
 from quiltnet.errors import UserError
 
 HYDRA_QUOTES = (
@@ -106,7 +106,7 @@ def _paths_in(folder: Path) -> list[Path]:
         split = read_manifest(folder.parent)["splits"].get(folder.name)
         if split is not None:
             return [_existing(str(folder.parent / shard["path"])) for shard in split["shards"]]
-    paths = sorted(folder.glob("*.tar"))
+    paths = tars_in(folder)
     if not paths:
         raise UserError(f"no shards matched: {folder} holds neither tars nor a manifest; give another folder")
     return paths

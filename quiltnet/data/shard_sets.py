@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from quiltnet.data.manifest import MANIFEST_NAME, read_manifest
+from quiltnet.data.manifest import MANIFEST_NAME, read_manifest, tars_in
 from quiltnet.errors import UserError
 
 
@@ -60,7 +60,7 @@ def find_shard_set(place: str | Path) -> ShardSet:
         if root.name in manifest["splits"]:
             return ShardSet(root, manifest, {root.name: _listed(root.parent, root.name, manifest)})
     folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
-    splits = {folder.name: [SetShard(tar) for tar in sorted(folder.glob("*.tar"))] for folder in folders}
+    splits = {folder.name: [SetShard(tar) for tar in tars_in(folder)] for folder in folders}
     splits = {name: shards for name, shards in splits.items() if shards}
     if not splits:
         raise UserError(f"no shards matched: {place} holds neither tars nor a manifest; give another folder")
@@ -75,7 +75,7 @@ def _listed(folder: Path, split: str, manifest: dict[str, Any]) -> list[SetShard
         raise UserError(
             f"{folder / MANIFEST_NAME} does not list the shards of {split}; pack the pairs again"
         ) from error
-    found = [path for path in sorted((folder / split).glob("*.tar")) if path not in entries]
+    found = [path for path in tars_in(folder / split) if path not in entries] if (folder / split).is_dir() else []
     return [SetShard(path, entry) for path, entry in entries.items()] + [SetShard(path) for path in found]
 
 

@@ -74,7 +74,7 @@ class StoredPairs:
         return self._ends[-1]
 
     def __getitem__(self, number: int) -> StoredPair:
-        """Raises BrokenSample, with reason and key."""
+        """Raises BrokenSample, with reason and key (the tar's path, where keys can no longer be read)."""
         return _read_pair(*self._locate(number))
 
     def key(self, number: int) -> str:
@@ -88,7 +88,10 @@ class StoredPairs:
     def _locate(self, number: int) -> tuple[TarIndex, int]:
         number = range(len(self))[number]  # IndexError past the end
         shard = bisect_right(self._ends, number)
-        index = _opened(*self._files[shard])
+        try:
+            index = _opened(*self._files[shard])
+        except OSError as error:  # deleted, as the tar it lay beside may be; keys are in it
+            raise BrokenSample("unreadable_shard", self._files[shard][0]) from error
         return index, number - self._ends[shard] + len(index)
 
 
@@ -134,8 +137,7 @@ def _read_pair(index: TarIndex, sample: int) -> StoredPair:
     except OSError as error:  # deleted or unreachable since the index was opened
         raise BrokenSample("unreadable_shard", key) from error
     except BrokenSample as error:
-        # The cut may have fallen between the members of a sample, or into its padding.
-        if index.is_truncated and sample == len(index) - 1:
+        if index.may_be_cut(sample):
             raise BrokenSample("truncated_tar", key) from error
         raise
 
@@ -154,7 +156,7 @@ def _captions(record: dict[str, Any], txt: bytes) -> list[str]:
     stated = record.get("captions", record.get("caption"))
     texts = stated if isinstance(stated, list) else [stated]
     captions = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-    captions = captions or [text for text in [txt.decode("utf-8", "replace").strip()] if text]
+    captions = captions or [text for text in [txt.decode("utf-8-sig", "replace").strip()] if text]
     if not captions:
         raise BrokenSample("no_caption")
     return captions
@@ -181,7 +183,9 @@ def _index_file(tar: Path) -> Path:
                 f"the index of {tar} cannot be kept in {cache_folder()} ({error}); "
                 "set QUILTNET_CACHE to a folder that can be written"
             ) from error
-        raise UserError(f"{tar} is not a tar that can be read ({error}); shards are uncompressed tars") from error
+        raise UserError(
+            f"{tar} is not a tar that can be read ({error}); shards are uncompressed tars: gunzip a compressed one"
+        ) from error
 
 
 def _has_caption(index: TarIndex, sample: int) -> bool:

@@ -71,6 +71,10 @@ class TarIndex:
         """Extensions of a sample's members, in the order of the tar."""
         return [self._extensions[kind] for kind in self._kinds[self._span(sample)]]
 
+    def may_be_cut(self, sample: int) -> bool:
+        """Whether the end of a tar that breaks off may have fallen between the members of this sample."""
+        return self.is_truncated and sample == len(self) - 1
+
     def read(self, sample: int, wanted: Container[str]) -> dict[str, bytes]:
         """Bytes of those members of a sample whose extension is ``wanted``, by extension.
 

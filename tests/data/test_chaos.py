@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import resource
 import shutil
 import signal
-import struct
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -26,18 +22,20 @@ from quiltnet.cli.prepare import prepare
 from quiltnet.cli.shard import shard
 from quiltnet.data import remote_sources
 from quiltnet.data.batches import Batch
+from quiltnet.data.held_out import ShardPairs
 from quiltnet.data.manifest import read_manifest
 from quiltnet.data.pairs import caption_id, id_to_int64
+from quiltnet.data.prepared_images import PreparedForm
+from quiltnet.data.prepared_shards import open_index, prepare_sample
 from quiltnet.data.reading import PairLoader, build_loader
 from quiltnet.data.shard_cache import ShardCache
 from quiltnet.data.transforms import TrainTransform
 from quiltnet.errors import UserError
 from quiltnet.model.tokenizer import BatchTokenizer, bpe_tokenizer
 from tests.commands import train, train_well
+from tests.data.chaos_set import ALL, CUT, PACKED, REASONS, TARS, USABLE, Thrown, broken_among, write_chaos, write_tar
 from tests.data.http_server import HASTY, QUICK, Fault, Server, serving
-from tests.data.made_sets import encoded, tissue
 
-LINK = None  # in place of a member's bytes: it is a symbolic link
 TOO_LONG_S = 60
 BATCH = 8
 
@@ -48,168 +46,11 @@ PACKED_REASONS = {
     "no_caption": "null_caption",
 }
 
-# What a sample of ours has, but for captions that are a number.
-ALMOST_OURS = {
-    "captions": 5, "caption_ids": [], "image_id": "0" * 16, "source_id": "s", "image_path": "p.jpg", "metadata": {},
-    "caption_metadata": {},
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Thrown:
-    """A sample that was thrown into the set: its caption where it can be used, else the reason why it cannot."""
-
-    key: str
-    caption: str = ""
-    reason: str = ""
-    members: dict[str, bytes | None] = field(default_factory=dict)
-
-
-def usable(key: str, caption: str, **members: bytes | str) -> Thrown:
-    """Its caption is its txt where nothing else is said."""
-    return Thrown(key, caption=caption, members=_with_text(members, caption))
-
-
-def broken(key: str, reason: str, **members: bytes | str | None) -> Thrown:
-    return Thrown(key, reason=reason, members=_with_text(members, f"Of {key}."))
-
-
-def _with_text(members: dict[str, bytes | str | None], text: str) -> dict[str, bytes | None]:
-    told = members if {"txt", "json"} & {name.lower() for name in members} else {**members, "txt": text}
-    return {name: data.encode() if isinstance(data, str) else data for name, data in told.items()}
-
-
-def jpeg(seed: int) -> bytes:
-    return encoded(tissue(seed))
-
-
-def giant_jpeg() -> bytes:
-    """20,000 x 20,000 pixels, by its header."""
-    data = bytearray(jpeg(0))
-    frame = data.index(b"\xff\xc0\x00\x11\x08")
-    data[frame + 5 : frame + 9] = struct.pack(">HH", 20_000, 20_000)
-    return bytes(data)
-
-
-def giant_png() -> bytes:
-    data = bytearray(encoded(tissue(0), "PNG"))
-    data[16:24] = struct.pack(">II", 20_000, 20_000)
-    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-    return bytes(data)
-
-
-def samples_of_all_kinds() -> list[Thrown]:
-    transparent = tissue(21).convert("RGBA")
-    transparent.putalpha(90)
-    return [
-        *(usable(f"good-{n}", f"Tissue {n}.", jpg=jpeg(n)) for n in range(12)),
-        usable("junk", "Junk behind the image.", jpg=jpeg(20) + b"junk" * 200),
-        usable("alpha", "See-through.", png=encoded(transparent, "PNG")),
-        usable("cmyk", "For a printer.", jpg=encoded(tissue(22).convert("CMYK"))),
-        usable("dot", "One pixel.", jpg=encoded(tissue(23, 1, 1))),
-        usable("dot-png", "One pixel, losslessly.", png=encoded(tissue(24, 1, 1), "PNG")),
-        usable("long", "word " * 19_999 + "word", jpg=jpeg(25)),
-        usable("endless", "x" * 100_000, jpg=jpeg(26)),
-        usable("emoji", "\U0001f52c\U0001f9ec\U0001f52c", jpg=jpeg(27)),
-        usable("latin", "caf\ufffd", jpg=jpeg(28), txt=b"caf\xe9"),
-        usable("marked", "Behind a byte order mark.", jpg=jpeg(29), txt=b"\xef\xbb\xbfBehind a byte order mark."),
-        usable("halved", "Half of \ud83d", jpg=jpeg(30), json='{"caption": "Half of \\ud83d"}'),
-        usable("numbered", "From the txt.", jpg=jpeg(31), json='{"caption": 7}', txt="From the txt."),
-        usable("almost-ours", "Also from the txt.", jpg=jpeg(32), json=json.dumps(ALMOST_OURS), txt="Also from the txt."),
-        usable("SHOUTED", "Endings in capitals.", JPG=jpeg(33), TXT="Endings in capitals."),
-        broken("cut", "broken_image", jpg=jpeg(40)[: len(jpeg(40)) // 2]),
-        broken("giant", "too_many_pixels", jpg=giant_jpeg()),
-        broken("giant-png", "too_many_pixels", png=giant_png()),
-        broken("html", "not_an_image", jpg="<html>404</html>"),
-        broken("zero", "empty_image", jpg=b""),
-        broken("two", "several_images", jpg=jpeg(41), png=encoded(tissue(41), "PNG")),
-        broken("no-json", "unreadable_json", jpg=jpeg(42), json="{caption: x}", txt="x"),
-        broken("no-object", "unreadable_json", jpg=jpeg(43), json='["x"]'),
-        broken("latin-json", "unreadable_json", jpg=jpeg(44), json=b'{"caption": "caf\xe9"}'),
-        broken("zero-json", "unreadable_json", jpg=jpeg(45), json=b""),
-        broken("null", "no_caption", jpg=jpeg(46), json='{"caption": null}'),
-        broken("empty", "no_caption", jpg=jpeg(47), txt=b""),
-        broken("blank", "no_caption", jpg=jpeg(48), json='{"captions": [" \\n"]}'),
-        broken("number", "no_caption", jpg=jpeg(49), json='{"captions": 7}'),
-        broken("only-mark", "no_caption", jpg=jpeg(50), txt=b"\xef\xbb\xbf"),
-        broken("texts", "no_image"),
-    ]  # fmt: skip
-
-
-def samples_of_all_names() -> list[Thrown]:
-    """Names are labels, and some samples share one."""
-    return [
-        usable("/etc/quilt/absolute", "An absolute name.", jpg=jpeg(60)),
-        usable("../../outside", "A name that leads out.", jpg=jpeg(61)),
-        usable("gewebe-\u00e4-\U0001f52c", "A name in Unicode.", jpg=jpeg(62)),
-        usable("k" * 300, "A long name.", jpg=jpeg(63)),
-        broken("link", "no_image", jpg=LINK),
-        usable("twice", "The first of two.", jpg=jpeg(64)),
-        usable("between", "Between the two.", jpg=jpeg(65)),
-        usable("twice", "The second of two.", jpg=jpeg(66)),
-        usable("twice~2", "As packing calls the second of two.", jpg=jpeg(67)),
-        usable("again", "Right in front of its namesake.", jpg=jpeg(68)),
-        usable("again", "Right behind its namesake.", jpg=jpeg(69)),
-        usable("/clash", "A namesake without the slash.", jpg=jpeg(70), json='{"caption": "A namesake without the slash."}'),
-        usable("clash", "A namesake with its text in front.", txt="A namesake with its text in front.", jpg=jpeg(71)),
-    ]  # fmt: skip
-
-
-def cut_samples(name: str, seed: int, *, third: str) -> list[Thrown]:
-    """Four samples of a tar that is cut in the third one or behind it: what is left of them."""
-    whole = [usable(f"{name}-{n}", f"Sample {n} of {name}.", jpg=jpeg(seed + n)) for n in range(3)]
-    return whole if third == "whole" else [*whole[:2], broken(f"{name}-2", third, jpg=jpeg(seed + 2))]
-
-
-TARS = {
-    "a.tar": samples_of_all_kinds(),
-    "b.tar": samples_of_all_names(),
-    "c.tar": cut_samples("in-image", 80, third="truncated_tar"),
-    "d.tar": cut_samples("between-members", 84, third="truncated_tar"),
-    "e.tar": cut_samples("between-samples", 88, third="whole"),
-}
-CUT = ("c.tar", "d.tar", "e.tar")  # each had a fourth sample, of which nothing is left
-PACKED = [usable(f"packed-{n}", f"Packed tissue {n}.", jpg=jpeg(92 + n)) for n in range(3)]
-
-ALL = [thrown for samples in TARS.values() for thrown in samples]
-USABLE = [thrown for thrown in ALL if not thrown.reason]
-REASONS = Counter(thrown.reason for thrown in ALL if thrown.reason)
-
-
-def write_tar(path: Path, samples: list[Thrown]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for thrown in samples:
-            for extension, data in thrown.members.items():
-                member = tarfile.TarInfo(f"{thrown.key}.{extension}")
-                if data is LINK:
-                    member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
-                else:
-                    member.size = len(data)
-                tar.addfile(member, io.BytesIO(data or b""))
-    return path
-
-
-def write_cut_tar(path: Path, samples: list[Thrown]) -> None:
-    """With a fourth sample, and then cut as ``path`` says."""
-    write_tar(path, [*samples, usable("fourth", "Lost.", jpg=jpeg(0))])
-    with tarfile.open(path) as tar:
-        infos = {info.name: info for info in tar}
-    third = samples[2].key
-    end = {
-        "c.tar": infos[f"{third}.jpg"].offset_data + 300,
-        "d.tar": infos[f"{third}.txt"].offset,
-        "e.tar": infos["fourth.jpg"].offset,
-    }[path.name]
-    path.write_bytes(path.read_bytes()[:end])
-
 
 @pytest.fixture(scope="module")
 def chaos(tmp_path_factory) -> Path:
     """The five tars; read only."""
-    folder = tmp_path_factory.mktemp("chaos")
-    for name, samples in TARS.items():
-        (write_cut_tar if name in CUT else write_tar)(folder / name, samples)
-    return folder
+    return write_chaos(tmp_path_factory.mktemp("chaos"))
 
 
 @pytest.fixture(scope="module")
@@ -264,10 +105,6 @@ def assert_accounted(batches: list[Batch], given: list[Thrown], lost: list[tuple
     assert rejected >= Counter(lost)  # drawn to stand in for another, a broken sample is met once more
 
 
-def broken_among(samples: list[Thrown]) -> list[tuple[str, str]]:
-    return [(thrown.key, thrown.reason) for thrown in samples if thrown.reason]
-
-
 def test_the_set_is_what_it_is_meant_to_be():
     assert len(ALL) % BATCH == 0, "so that an epoch is whole batches"
     assert len(USABLE) + sum(REASONS.values()) == len(ALL)
@@ -287,7 +124,9 @@ def test_local_shards(chaos, tokenize):
         epochs[decode, workers] = read(loader, 2 * len(ALL) // BATCH)
         first = epochs[decode, workers][: len(ALL) // BATCH]
         assert_accounted(first, USABLE, broken_among(ALL))
-        cut = {key for batch in first for key, is_cut in zip(batch.key, batch.truncated.tolist(), strict=True) if is_cut}
+        cut = {
+            key for batch in first for key, is_cut in zip(batch.key, batch.truncated.tolist(), strict=True) if is_cut
+        }
         assert cut == {"long", "endless"}
     expected = [(batch.key, batch.rejected) for batch in epochs["exact", 0]]
     for batches in epochs.values():
@@ -323,6 +162,15 @@ def test_a_shard_that_is_deleted_with_its_index(make_shards, tokenize, workers):
     rejected = Counter(rejection for batch in batches for rejection in batch.rejected)
     assert set(rejected) == {(str(tar), "unreadable_shard")} and rejected.total() >= 8
     assert len({key for batch in batches for key in batch.key}) == 16
+
+
+def test_held_out_shards_that_are_deleted_with_their_index(make_shards):
+    train = make_shards(6)
+    pairs = ShardPairs(train)
+    for path in train.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"test-000000\.tar cannot be read \(unreadable_shard\)"):
+        pairs[0]
 
 
 @pytest.mark.parametrize("name", ["packed.tar", "packed.tar.gz", "packed.tgz"])
@@ -389,7 +237,7 @@ def test_streamed_shards(server, tokenize, tmp_path, known):
 
 def test_streamed_shards_by_two_workers(server, tokenize):
     half = SLOTS // 2
-    assert SLOTS == 2 * half
+    assert 2 * half == SLOTS
     batches = read(stream(published(server, known=True), tokenize, batch=half, workers=2), 4)
     for epoch in (batches[:2], batches[2:]):
         assert_accounted(epoch, USABLE + PACKED, broken_among(ALL) + cut_off(server))
@@ -461,7 +309,7 @@ def rows_of(path: Path) -> list[dict]:
 def test_checked(chaos, tmp_path):
     report = report_of(tmp_path / "check", chaos, code=1)
     found = report["findings"]
-    assert report["sets"] == {chaos.name: len(ALL)} and report["captions"] == len(USABLE)
+    assert report["sets"] == {chaos.name: len(ALL)}
     assert found["broken"]["count"] == sum(REASONS.values()) and found["broken"]["of"] == len(ALL)
     assert found["broken"]["details"] == REASONS
     named = Counter((example["key"], example["reason"]) for example in found["broken"]["examples"])
@@ -495,7 +343,7 @@ def test_packed_again(chaos, packed, tokenize, tmp_path):
     for reason, count in REASONS.items():
         expected[PACKED_REASONS.get(reason, reason)] += count
     assert totals["rejected"] == expected
-    assert totals["findings"] == {"duplicate_keys": 4, "truncated_tars": len(CUT), "unsafe_names": 3}
+    assert totals["findings"] == {"duplicate_keys": 3, "truncated_tars": len(CUT), "unsafe_names": 3}
     rejected = Counter((row["image_path"], row["detail"] or row["reason"]) for row in rows_of(out / "rejected.jsonl"))
     assert rejected == Counter(
         (f"{name[0]}/{thrown.key}.{'png' if thrown.key == 'giant-png' else 'jpg'}", detail_of(thrown.reason))
@@ -528,6 +376,14 @@ def test_prepared(chaos, tokenize, tmp_path, form):
     for tar in out.rglob("*.tar"):
         with tarfile.open(tar) as members:
             assert not [m.name for m in members if m.name.startswith("/") or ".." in m.name.split("/")]
+
+
+def test_a_tar_that_goes_while_it_is_prepared_stops_it(chaos, tmp_path):
+    tar = Path(shutil.copy(chaos / "b.tar", tmp_path))
+    index = open_index(tar)
+    tar.unlink()
+    with pytest.raises(UserError, match=r"b\.tar can no longer be read .*; bring it back, and the same command"):
+        prepare_sample(index, 0, PreparedForm())
 
 
 RUN = ["model=tiny", "run_name=chaos", "epochs=1", f"global_batch_size={BATCH}"]

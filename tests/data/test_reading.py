@@ -150,7 +150,7 @@ def test_caption_policies(make_shards, policy, start):
             assert ("second of" in caption) == (policy == "joined")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_a_position_is_enough_to_resume(make_shards, workers):
     train = make_shards(20)
     straight = batches(train, 8)
