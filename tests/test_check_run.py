@@ -102,6 +102,13 @@ def append(name: str, line: str) -> Callable[[Path], None]:
         (cut("results.json"), "results", "cannot be read"),
         (lambda run: (run / "results.json").write_text('{"start": {}}'), "results", "lacks samples_seen, last"),
         (append("quarantine.jsonl", '{"key": "k"}'), "quarantine", "line 4 of .* names no reason"),
+        (append("quarantine.jsonl", '{"reason": ["x"]}'), "quarantine", "line 4 of .* names no reason"),
+        (append("quarantine.jsonl", '{"reason": "x", "samples": "2"}'), "quarantine", "or no number of samples"),
+        (
+            lambda run: (run / "results.json").write_text('{"samples_seen": 8, "start": {}, "last": 3}'),
+            "results",
+            "does not say how many samples gave which metrics",
+        ),
         (cut("checkpoints/samples-000000000008/model.safetensors"), "samples-000000000008", "does not load"),
         (cut("checkpoints/samples-000000000008/train_state.pt"), "samples-000000000008", "does not load"),
         (remove("checkpoints/samples-000000000008/train_state.pt"), "samples-000000000008", "is not a checkpoint"),
@@ -153,3 +160,4 @@ def test_the_command(run):
     (run / "config.yaml").unlink()
     result = CliRunner().invoke(check, ["run", str(run)])
     assert result.exit_code == 1 and "wrong" in result.output
+    assert f" {run / 'config.yaml'} is missing " in result.output  # a path is not broken over lines

@@ -12,6 +12,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from quiltnet.cli.options import CHECKED_ELSEWHERE, RULES, check_options
+from quiltnet.errors import UserError
 from quiltnet.model.contrastive import ContrastiveModel
 from tests.commands import train_well
 from tests.conftest import ROOT
@@ -103,3 +105,34 @@ def test_logger_config_composes(path):
 def test_every_option_of_a_group_composes(group):
     for path in (CONF / group).glob("*.yaml"):
         composed(f"{group}={path.stem}", "run_name=x")
+
+
+def test_every_option_of_the_data_has_a_rule():
+    """A key that none has is refused, so a new one needs its own."""
+    stated = {name for name in RULES.keys() | CHECKED_ELSEWHERE if name.split(".")[0] in ("data", "callbacks")}
+    cfg = OmegaConf.to_container(composed("run_name=x"))
+    written = {name[1:] for group in ("data", "callbacks") for name in keys(cfg[group], f".{group}")}
+    assert {name for name in written if not any(other.startswith(f"{name}.") for other in written)} == stated
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (
+            "# @package _global_\ndata:\n  train:\n    horizontal_flp: true",
+            "data.train.horizontal_flp is not an option",
+        ),
+        ("# @package _global_\nglobl_batch_size: 64", "did you mean global_batch_size"),
+        ("data:\n  train:\n    horizontal_flip: true", "must begin with the line `# @package _global_`"),
+    ],
+)
+def test_a_misspelt_key_of_a_users_experiment_is_refused(tmp_path, file, message):
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    (conf / "experiment" / "mine.yaml").write_text(f"{file}\n")
+    with pytest.raises(UserError, match=message):
+        check_options(composed("run_name=x", "experiment=mine", conf=conf))
+
+
+def test_a_users_own_key_is_let_through():
+    check_options(composed("run_name=x", "+my_root=/data", "data.train.shards=${my_root}/train"))

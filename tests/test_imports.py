@@ -42,7 +42,9 @@ ALLOWED: dict[str, set[str]] = {
     "data.copies": {"data.near_duplicates"},
     "data.decoding": set(),
     "data.device_decoding": {"data.decoding", "data.transforms"},
-    "data.evaluation_sets": {"data.examining", "data.manifest", "data.shard_sets"},
+    "data.evaluation_sets": {
+        "data.examining", "data.image_files", "data.manifest", "data.shard_sets", "data.stored_pairs", "data.tables"
+    },
     "data.examining": {
         "data.decoding", "data.manifest", "data.near_duplicates", "data.pairs", "data.stored_pairs", "data.tar_index"
     },
@@ -54,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "data.manifest": set(),
     "data.mixing": {"data.permutation"},
     "data.near_duplicates": set(),
-    "data.packing": {"data.ledger", "data.planning", "data.shard_writer", "data.tar_index"},
+    "data.packing": {"data.ledger", "data.planning", "data.shard_writer", "data.tar_index", "data.worker_pool"},
     "data.pairs": set(),
     "data.permutation": set(),
     "data.planning": {"data.ledger", "data.pairs", "data.row_table"},
@@ -66,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "data.preparing": {
         "__version__", "data.ledger", "data.manifest", "data.prepared_images", "data.prepared_shards",
-        "data.shard_files", "data.shard_sets", "data.worker_pool", "data.workplace"
+        "data.shard_files", "data.shard_sets", "data.tar_index", "data.worker_pool", "data.workplace"
     },
     "data.quilt1m": {"data.tables"},
     "data.reading": {
@@ -77,8 +79,8 @@ ALLOWED: dict[str, set[str]] = {
     "data.remote_shards": {"data.manifest", "data.remote_files", "data.remote_sources"},
     "data.remote_sources": set(),
     "data.repacking": {
-        "data.decoding", "data.folders", "data.image_files", "data.pairs", "data.row_table", "data.stored_pairs",
-        "data.tar_index", "data.tar_members", "data.tarred_images"
+        "data.decoding", "data.folders", "data.image_files", "data.manifest", "data.pairs", "data.row_table",
+        "data.stored_pairs", "data.tar_index", "data.tar_members", "data.tarred_images"
     },
     "data.row_table": {"data.cells", "data.pairs"},
     "data.samples": {"data.image_files", "data.pairs"},
@@ -88,7 +90,8 @@ ALLOWED: dict[str, set[str]] = {
     "data.shard_files": {"data.manifest"},
     "data.shard_sets": {"data.manifest"},
     "data.shard_writer": {
-        "data.image_files", "data.ledger", "data.manifest", "data.planning", "data.row_table", "data.samples"
+        "data.image_files", "data.ledger", "data.manifest", "data.planning", "data.row_table", "data.samples",
+        "data.worker_pool"
     },
     "data.shards": {
         "__version__", "data.image_files", "data.ledger", "data.manifest", "data.packing", "data.planning",

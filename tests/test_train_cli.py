@@ -174,7 +174,10 @@ MISTAKES = {
     ),
     "resume and overwrite": (["resume=auto", "overwrite=true", "{train}"], "contradict"),
     "caption policy": (["data.train.caption_policy=shortest", "{train}"], "shortest"),
+    "seed": (["seed=99999999999999999999", "{train}"], "a whole number from 0 to 2**63 - 1"),
     "unknown key": (["optim.learning_rate=1", "{train}"], "learning_rate"),
+    "unknown key of callbacks": (["+callbacks.log_every=8", "{train}"], "the nearest is callbacks.log_every_samples"),
+    "unknown key at the top": (["+precison=bf16", "{train}"], "precison is not an option; did you mean precision?"),
     "misspelt argument": (["+optim.learning_rate=1", "{train}"], "misspelt"),
     "wandb mode": (["logger=[wandb]", "logger.wandb.mode=of", "{train}"], "'online' or 'offline'"),
 }

@@ -92,6 +92,21 @@ MISTAKES = {
     "jitter": (["data.train.shards={train}", "data.augment.color_jitter=[1,2]"], "four numbers"),
     "normalization": (["data.train.shards={train}", "data.augment.stain_normalization=vahadane"], "macenko, reinhard"),
     "switch": (["data.train.shards={train}", "data.allow_pipe=perhaps"], "true or false"),
+    "a number for shards": (["data.train.shards=3"], "data.train.shards=3 must be a folder of shards, a tar"),
+    "a table for shards": (["data.train.shards={{a:b}}"], "data.train.shards.a is not an option"),
+    "a number for a cache": (["data.train.shards={train}", "data.stream.cache=3"], "must be a name or path"),
+    "sources without names": (["data.train.sources=[{train}]"], "must be {name: {shards: …}, …}"),
+    "a number for shards of a source": (["data.train.sources={{a:{{shards:3}}}}"], "a.shards=3 must be a folder"),
+    "a word for a weight": (
+        ["data.train.sources={{a:{{shards:{train},weight:three}},b:{{shards:{train},weight:1}}}}"],
+        "must be numbers above 0, not {'a': 'three'}"
+    ),
+    "misspelt": (
+        ["data.train.shards={train}", "+data.train.crop_scal=[0.5,1]"],
+        "data.train.crop_scal is not an option; the nearest is data.train.crop_scale"
+    ),
+    "misspelt below augment": (["data.train.shards={train}", "+data.augment.jitter=1"], "augment.jitter is not an option"),
+    "no folder to stream": (["data.train.shards=file:///no/where"], "name the tars themselves"),
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from quiltnet.cli.tables import print_table
 from quiltnet.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def data(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            help="Evaluation set to look for among the images: a folder of images, a table of labels, shards."
+            help="Evaluation set to look for among the images: a folder of images, a table of labels, shards; "
+            "may be given again."
         ),
     ] = None,
     out: Annotated[
@@ -61,7 +63,7 @@ def data(
     max_duplicate_captions: Annotated[float | None, typer.Option(help="Share of captions that repeat.")] = None,
     max_truncated: Annotated[float | None, typer.Option(help="Share of captions that the tokeniser cuts.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one a core by default.")] = None,
-    examples: Annotated[int, typer.Option(help="How many of each finding report.json names.")] = 100,
+    examples: Annotated[int, typer.Option(min=0, help="How many of each finding report.json names.")] = 100,
 ) -> None:
     """Check every sample of a shard set: files, images, captions, copies, leaks."""
     from quiltnet.cli.run_directory import check_writable
@@ -76,7 +78,10 @@ def data(
         truncated=max_truncated,
     )
     target = out or _default_out(folder)
-    check_writable(target)
+    try:
+        check_writable(target)
+    except UserError as error:  # as a set that others share
+        raise UserError(f"{error} with --out") from error
     load_tokenizer(model)  # a name that is none is found out now
     with tar_progress("checking") as progress:
         found = check_data(
@@ -91,7 +96,7 @@ def data(
         )
     write_report(found, target, examples=examples)
     print_findings(found)
-    Console().print(f"report: {target}", highlight=False, soft_wrap=True)
+    print_line(f"report: {target}")
     if not found.passed:
         raise typer.Exit(1)
 
@@ -154,11 +159,13 @@ def print_findings(check: Check) -> None:
         for name, count in finding.details.items():
             if count:
                 table.add_row(f"  {escape(name)}", f"{count:,}", "", "", "", "", style="dim")
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 160)
+    print_table(table)
     above = [finding.name for finding in check.findings if finding.is_above]
-    verdict = f"above its limit: {', '.join(above)}" if above else "nothing is above its limit"
-    console.print(escape(verdict), highlight=False, soft_wrap=True)
+    print_line(f"above its limit: {', '.join(above)}" if above else "nothing is above its limit")
+
+
+def print_line(text: str) -> None:
+    Console(markup=False, highlight=False, soft_wrap=True).print(text)
 
 
 def _cells(finding: Finding) -> tuple[str, ...]:
@@ -197,8 +204,8 @@ def tar_progress(verb: str) -> Iterator[Callable[[int, int, int], None]]:
 
 def worker_count(workers: int | None) -> int:
     """Processes: as many as were asked for, or one for each core that this process may use."""
+    from quiltnet.data.worker_pool import available_cores
+
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: one process at least works")
-    if workers is None and hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return workers or os.cpu_count() or 1
+    return workers or available_cores()

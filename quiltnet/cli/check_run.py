@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from yaml import YAMLError
 
 from quiltnet.cli.run_directory import CONFIG_NAME, ENVIRONMENT_NAME, RunDirectory
+from quiltnet.cli.tables import print_table
 from quiltnet.errors import UserError
 from quiltnet.release.hub import load_model
 from quiltnet.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
@@ -69,8 +69,7 @@ def print_checks(checks: list[RunCheck]) -> None:
     for check in checks:
         verdict = "ok" if check.is_well else "wrong"
         table.add_row(escape(check.name), verdict, escape(check.detail), style=None if check.is_well else "bold red")
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 200)
+    print_table(table)
 
 
 def _look(name: str, look: Callable[[RunDirectory], str], run: RunDirectory) -> RunCheck:
@@ -126,6 +125,8 @@ def _look_at_results(run: RunDirectory) -> str:
     missing = [key for key in ("samples_seen", "start", "last") if key not in results]
     if missing:
         raise _Wrong(f"{run.results} lacks {', '.join(missing)}")
+    if not isinstance(results["last"], dict) or not isinstance(results["samples_seen"], int):
+        raise _Wrong(f"{run.results} does not say how many samples gave which metrics")
     return f"{len(results['last'])} metrics at {results['samples_seen']:,} samples"
 
 
@@ -134,9 +135,10 @@ def _look_at_quarantine(run: RunDirectory) -> str:
         return "none: no sample was broken"
     counts: Counter[str] = Counter()
     for number, line in enumerate(_read_lines(run.quarantine), start=1):
-        if "reason" not in line:
-            raise _Wrong(f"line {number} of {run.quarantine} names no reason")
-        counts[line["reason"]] += line.get("samples", 1)
+        reason, samples = line.get("reason"), line.get("samples", 1)
+        if not isinstance(reason, str) or not isinstance(samples, int):
+            raise _Wrong(f"line {number} of {run.quarantine} names no reason, or no number of samples")
+        counts[reason] += samples
     return ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
 
 

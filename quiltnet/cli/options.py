@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from quiltnet.data.transforms import DECODERS, EXIF
 from quiltnet.errors import UserError
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -21,6 +23,10 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _optional(rule: Rule) -> Rule:
     check, words = rule
     return (lambda value: value is None or check(value)), f"{words}, or null"
@@ -32,11 +38,16 @@ def _one_of(*choices: str) -> Rule:
 
 COUNT: Rule = (lambda value: _is_whole(value) and value >= 1), "a whole number of at least 1"
 WHOLE: Rule = (lambda value: _is_whole(value) and value >= 0), "a whole number of at least 0"
+SEED: Rule = (lambda value: _is_whole(value) and 0 <= value < 1 << 63), "a whole number from 0 to 2**63 - 1"
 NUMBER: Rule = _is_number, "a number"
 POSITIVE: Rule = (lambda value: _is_number(value) and value > 0), "a number above 0"
 SHARE: Rule = (lambda value: _is_number(value) and 0 <= value <= 1), "a number between 0 and 1"
 SWITCH: Rule = (lambda value: isinstance(value, bool)), "true or false"
 NAME: Rule = (lambda value: isinstance(value, str) and value != ""), "a name or path"
+SHARDS: Rule = (
+    (lambda value: value is None or _is_text(value) or (isinstance(value, Sequence) and all(map(_is_text, value)))),
+    "a folder of shards, a tar, a brace pattern, a URL, or a list of these (quote a name that is a number)",
+)
 RANGE: Rule = (
     (lambda value: OmegaConf.is_list(value) and len(value) == 2 and all(map(_is_number, value))),
     "two numbers: [least,most]",
@@ -52,7 +63,7 @@ RULES: dict[str, Rule] = {
     "output_dir": NAME,
     "overwrite": SWITCH,
     "resume": _optional(NAME),
-    "seed": WHOLE,
+    "seed": SEED,
     "global_batch_size": COUNT,
     "epochs": _optional(POSITIVE),
     "total_samples": _optional(COUNT),
@@ -60,12 +71,16 @@ RULES: dict[str, Rule] = {
     "deterministic": SWITCH,
     "max_grad_norm": _optional(POSITIVE),
     "monitor": _optional(NAME),
+    "data.train.shards": SHARDS,
     "data.train.workers": WHOLE,
     "data.train.crop_scale": RANGE,
     "data.train.horizontal_flip": SWITCH,
     "data.train.vertical_flip": SWITCH,
     "data.train.right_angle_rotations": SWITCH,
     "data.train.sentences": SWITCH,
+    "data.val.shards": SHARDS,
+    "data.decode": _one_of(*DECODERS),
+    "data.exif": _one_of(*EXIF),
     "data.augment.color_jitter": STRENGTHS,
     "data.augment.color_jitter_probability": SHARE,
     "data.augment.hed_jitter": SHARE,
@@ -73,6 +88,7 @@ RULES: dict[str, Rule] = {
     "data.stream.shuffle_buffer": COUNT,
     "data.stream.shards_at_once": COUNT,
     "data.stream.samples_per_epoch": _optional(COUNT),
+    "data.stream.cache": _optional(NAME),
     "data.stream.cache_gib": POSITIVE,
     "data.allow_pipe": SWITCH,
     "data.max_bad_fraction": SHARE,
@@ -86,9 +102,16 @@ RULES: dict[str, Rule] = {
     "callbacks.keep_checkpoints": COUNT,
 }
 
+# Looked at where they are used, and by more than one rule.
+CHECKED_ELSEWHERE = {"data.train.sources", "data.train.caption_policy", "data.augment.stain_normalization"}
+PARTS = {
+    "run_name", "data_root", "model", "data", "loss", "optim", "schedule", "callbacks", "evaluator", "logger"
+}  # fmt: skip
 
-def check_ranges(cfg: DictConfig) -> None:
+
+def check_options(cfg: DictConfig) -> None:
     """Raises UserError for the first option that is not what it must be; options that the config lacks are passed."""
+    _check_names(cfg)
     for name, (allows, words) in RULES.items():
         value = OmegaConf.select(cfg, name, default=_ABSENT)
         if value is not _ABSENT and not allows(value):
@@ -97,3 +120,30 @@ def check_ranges(cfg: DictConfig) -> None:
         for option, (allows, words) in {"batch_size": COUNT, "workers": WHOLE}.items():
             if option in evaluator and not allows(evaluator[option]):
                 raise UserError(f"evaluator.{name}.{option}={evaluator[option]} must be {words}")
+
+
+def _check_names(cfg: DictConfig) -> None:
+    """Hydra refuses a misspelt key on the command line, but merges one of an experiment file without a word."""
+    known = {*RULES, *CHECKED_ELSEWHERE}
+    for name in ("experiment", "debug", "sweep"):
+        if name in cfg and cfg[name] is not None:
+            raise UserError(f"{name}={cfg[name]}: the file must begin with the line `# @package _global_`")
+    for group in ("data", "callbacks"):
+        for name in _names(OmegaConf.to_container(cfg[group]), group):
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+                raise UserError(f"{name} is not an option; the nearest is {near[0]}")
+    # Other keys may be a user's own, to be named in ${…}.
+    top = PARTS | {name for name in known if "." not in name}
+    for name in cfg.keys() - top:
+        if near := difflib.get_close_matches(name, top, n=1, cutoff=0.8):
+            raise UserError(f"{name} is not an option; did you mean {near[0]}?")
+
+
+def _names(node: Any, name: str) -> Iterator[str]:
+    """Dotted names of all options below a node."""
+    if not isinstance(node, dict) or name in CHECKED_ELSEWHERE:
+        yield name
+        return
+    for key, inner in node.items():
+        yield from _names(inner, f"{name}.{key}")

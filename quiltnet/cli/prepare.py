@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from quiltnet.cli.check import print_line, tar_progress, worker_count
+from quiltnet.cli.shard_progress import continued_by_the_same_command
 from quiltnet.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +39,6 @@ def prepare(
     Captions, ids, keys, order, shard names and splits are carried over. A run that was stopped goes on with the same
     command. Samples that cannot be used are counted and listed in rejected.jsonl.
     """
-    from quiltnet.cli.check import tar_progress, worker_count
     from quiltnet.cli.run_directory import check_writable
     from quiltnet.data.prepared_images import PreparedForm
     from quiltnet.data.preparing import plan_preparing, prepare_shards
@@ -51,7 +52,7 @@ def prepare(
         plan = plan_preparing(source, out, form)
     check_writable(plan.out)
     _print_plan(plan)
-    with tar_progress("preparing") as progress:
+    with continued_by_the_same_command(plan.out), tar_progress("preparing") as progress:
         manifest = prepare_shards(plan, workers=processes, progress=progress)
     _print_outcome(manifest, plan)
 
@@ -62,7 +63,7 @@ def _print_plan(plan: Plan) -> None:
         f"{len(plan.tasks)} tars{goes_on}",
         f"estimated size of what is to be written: {plan.estimated_bytes / 1e9:.3f} GB",
     )
-    Console().print("\n".join(lines), highlight=False, soft_wrap=True)
+    print_line("\n".join(lines))
 
 
 def _print_outcome(manifest: dict[str, Any], plan: Plan) -> None:
@@ -77,7 +78,7 @@ def _print_outcome(manifest: dict[str, Any], plan: Plan) -> None:
         _describe_error(prepared["error"]),
         f"shards: {plan.out}",
     )
-    Console().print("\n".join(lines), highlight=False, soft_wrap=True)
+    print_line("\n".join(lines))
 
 
 def _describe_error(error: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ The data wing is imported where it is used: ``quiltnet --help`` must not wait fo
 
 from __future__ import annotations
 
-import sys
+import os
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from quiltnet.cli.shard_progress import watch_progress
+from quiltnet.cli.shard_progress import continued_by_the_same_command, watch_progress
 from quiltnet.cli.shard_sources import Format, Layout, Request, check_request, open_source
 
 
@@ -52,8 +52,10 @@ def shard(
     keep_column: Annotated[str | None, typer.Option(help="Score in the table of --keep-list.")] = None,
     keep_min: Annotated[float | None, typer.Option(help="Only scores of at least this.")] = None,
     keep_max: Annotated[float | None, typer.Option(help="Only scores below this.")] = None,
-    image_column: Annotated[str, typer.Option(help="csv, --keep-list: image paths.")] = "image_path",
-    caption_column: Annotated[str, typer.Option(help="csv: captions.")] = "caption",
+    image_column: Annotated[
+        str | None, typer.Option(help="csv, --keep-list: image paths; image_path by default.")
+    ] = None,
+    caption_column: Annotated[str | None, typer.Option(help="csv: captions; caption by default.")] = None,
     split_column: Annotated[str | None, typer.Option(help="csv: train, val, ...")] = None,
     source_column: Annotated[str | None, typer.Option(help="csv: slide, case or article of an image.")] = None,
     source_pattern: Annotated[
@@ -62,8 +64,10 @@ def shard(
     layout: Annotated[
         Layout, typer.Option(help="images: a sample an image, with all its captions; rows: a sample a row.")
     ] = Layout.images,
-    samples: Annotated[int, typer.Option(help="synthetic: number of tiles; a tenth becomes val.")] = 1000,
-    size: Annotated[int, typer.Option(help="synthetic: side of a tile in pixels.")] = 224,
+    samples: Annotated[
+        int | None, typer.Option(help="synthetic: number of tiles, 1000 by default; a tenth becomes val.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="synthetic: side of a tile in pixels, 224 by default.")] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Samples a tar.")] = 1000,
     workers: Annotated[int | None, typer.Option(help="Processes; as a rule one a core.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of samples, and of what is drawn.")] = 0,
@@ -82,7 +86,8 @@ def shard(
         image_column=image_column, caption_column=caption_column, split_column=split_column,
         source_column=source_column, source_pattern=source_pattern, samples=samples, size=size, seed=seed,
     )  # fmt: skip
-    try:
+    out = Path(os.path.abspath(out.expanduser()))
+    with continued_by_the_same_command(out):
         manifest = _pack(
             request,
             out,
@@ -92,11 +97,6 @@ def shard(
             workers=workers,
             overwrite=overwrite,
         )
-    except KeyboardInterrupt:
-        kept = out.with_name(f"{out.name}.partial")
-        goes_on = f"; what is done is in {kept}, and the same command continues" if kept.exists() else ""
-        print(f"interrupted{goes_on}", file=sys.stderr)
-        raise SystemExit(130) from None
     _print_totals(manifest, out)
 
 
@@ -104,9 +104,9 @@ def _pack(request: Request, out: Path, **options: Any) -> dict[str, Any]:
     from quiltnet.data.decoding import find_defect
     from quiltnet.data.shards import check_target, write_shards
 
+    check_request(request, out)
     source = request.describe()
     check_target(out, overwrite=options["overwrite"], source=source)
-    check_request(request)
     progress = watch_progress()
     with tempfile.TemporaryDirectory(prefix="quiltnet-") as drawn:
         rows, images, filters = open_source(request, Path(drawn))
@@ -134,7 +134,7 @@ def _print_totals(manifest: dict[str, Any], out: Path) -> None:
         table.add_row(split, str(entry["samples"]), str(entry["captions"]), str(len(entry["shards"])))
     totals = manifest["totals"]
     table.add_row("all", str(totals["samples"]), str(totals["captions"]), "", style="bold")
-    console = Console()
+    console = Console(markup=False, highlight=False, soft_wrap=True)
     console.print(table)
     counts = totals["rejected"]
     by_kind = {"filtered": {}, "rejected": {}}
@@ -143,12 +143,11 @@ def _print_totals(manifest: dict[str, Any], out: Path) -> None:
     for kind, of_kind in [*by_kind.items(), ("found", totals["findings"])]:
         if of_kind or kind == "rejected":
             words = ", ".join(f"{rows} {reason}" for reason, rows in of_kind.items()) or "none"
-            console.print(f"{kind}{'' if kind == 'found' else ' rows'}: {words}", highlight=False, soft_wrap=True)
+            console.print(f"{kind}{'' if kind == 'found' else ' rows'}: {words}")
     shared = totals["in_several_splits"]
     if shared["images"] or shared["sources"]:
         console.print(
             f"warning: {shared['images']} images and {shared['sources']} sources are in more than one split: "
-            "val measures in part what was trained on",
-            soft_wrap=True,
+            "val measures in part what was trained on"
         )
-    console.print(f"shards: {out}", highlight=False, soft_wrap=True)
+    console.print(f"shards: {out}")

@@ -1,9 +1,12 @@
-"""How far packing has come: a bar on a terminal, a line every ten seconds in a log."""
+"""How far packing and preparing have come: a bar on a terminal, a line every ten seconds in a log, a word on Ctrl-C."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -31,7 +34,7 @@ class Bar:
         self._progress.advance(self._task, count)
 
     def say(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False, soft_wrap=True)
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()
@@ -67,6 +70,18 @@ def watch_progress() -> Bar | Lines:
     """What suits standard error."""
     console = Console(stderr=True)
     return Bar(console) if console.is_terminal else Lines()
+
+
+@contextmanager
+def continued_by_the_same_command(out: Path) -> Iterator[None]:
+    """Ctrl-C ends with a message of what there is to go on with, in place of a shard set at ``out``."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = out.with_name(f"{out.name}.partial")
+        goes_on = f"; what is done is in {kept}, and the same command continues" if kept.exists() else ""
+        print(f"interrupted{goes_on}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 class _Rate(ProgressColumn):

@@ -34,22 +34,31 @@ class Layout(str, Enum):
     rows = "rows"
 
 
+STORED = ("quilt1m", "csv", "folder", "webdataset")
+
 # Options that only some formats have; the others must leave them out.
 FORMATS_OF = {
     "table": ("quilt1m", "csv"),
     "subset": ("quilt1m",),
     "magnification": ("quilt1m",),
     "drop_not_histology": ("quilt1m",),
+    "image_column": ("csv",),
+    "caption_column": ("csv",),
     "split_column": ("csv",),
     "source_column": ("csv",),
-    "source_pattern": ("quilt1m", "csv", "folder", "webdataset"),
-    "images": ("quilt1m", "csv", "folder", "webdataset"),
+    "source_pattern": STORED,
+    "images": STORED,
+    "split": STORED,
+    "samples": ("synthetic",),
+    "size": ("synthetic",),
 }
+IMAGE_COLUMN, CAPTION_COLUMN = "image_path", "caption"
+SAMPLES, SIZE = 1000, 224  # drawn, where nothing is said
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for on the command line."""
+    """What was asked for on the command line; None where nothing was."""
 
     format: Format
     table: Path | None
@@ -65,50 +74,67 @@ class Request:
     keep_column: str | None
     keep_min: float | None
     keep_max: float | None
-    image_column: str
-    caption_column: str
+    image_column: str | None
+    caption_column: str | None
     split_column: str | None
     source_column: str | None
     source_pattern: str | None
-    samples: int
-    size: int
+    samples: int | None
+    size: int | None
     seed: int
+
+    @property
+    def tiles(self) -> int:
+        return SAMPLES if self.samples is None else self.samples
+
+    @property
+    def side(self) -> int:
+        return SIZE if self.size is None else self.size
 
     def describe(self) -> dict[str, Any]:
         """For the manifest: what the pairs are, and what they were chosen by; names, not places."""
         if self.format is Format.synthetic:
-            return {"format": "synthetic", "samples": self.samples, "size": self.size, **self._choices()}
+            return {"format": "synthetic", "samples": self.tiles, "size": self.side, **self._choices()}
         images = [Path(name).name for name in self.images or ()]
         table = {"table": self.table.name} if self.table else {}
         return {"format": self.format.value, **table, "images": images, **self._choices()}
 
     def _choices(self) -> dict[str, Any]:
         names = (
+            *("image_column", "caption_column", "split_column", "source_column", "source_pattern"),
             *("subset", "split", "magnification", "drop_not_histology", "min_words", "max_words"),
-            *("keep_column", "keep_min", "keep_max", "source_pattern"),
+            *("keep_column", "keep_min", "keep_max"),
         )
-        chosen = {name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)}
+        chosen = {name: getattr(self, name) for name in names if _is_given(getattr(self, name))}
         return {**chosen, **({"keep_list": self.keep_list.name} if self.keep_list else {})}
 
 
-def check_request(request: Request) -> None:
-    """Raises UserError for an option that the format does not have, or lacks."""
+def check_request(request: Request, out: Path) -> None:
+    """Raises UserError for an option that the format does not have, or lacks, and for a target among what is read."""
     kind = request.format.value
-    if request.subset is not None and kind != "quilt1m":
-        raise UserError(f"--subset chooses among the subsets of Quilt-1M; leave it out with --format {kind}")
     for name, formats in FORMATS_OF.items():
-        option = f"--{name.replace('_', '-')}"
-        if getattr(request, name) and kind not in formats:
+        option, is_given = f"--{name.replace('_', '-')}", _is_given(getattr(request, name))
+        if name == "image_column" and request.keep_list:
+            continue
+        if is_given and kind not in formats:
             raise UserError(f"{option} is for --format {' or '.join(formats)}; leave it out with --format {kind}")
-        if name in ("table", "images") and not getattr(request, name) and kind in formats:
+        if name in ("table", "images") and not is_given and kind in formats:
             raise UserError(f"{option} is not given; --format {kind} needs it")
+    for name in request.images or ():
+        # What is written there would be found by the same command when it continues.
+        if kind in ("folder", "webdataset") and Path(name).expanduser().resolve() in out.resolve().parents:
+            raise UserError(f"--out {out} lies in --images {name}; give a folder elsewhere")
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and value is not False
 
 
 def open_source(request: Request, drawn: Path) -> tuple[RowSource, Images, list[Filter]]:
     """Rows, their images, and what chooses among the rows. drawn: an empty folder for tiles."""
     from quiltnet.data.source_pattern import SourcePattern
 
-    pattern = SourcePattern(request.source_pattern) if request.source_pattern else None
+    pattern = SourcePattern(request.source_pattern) if request.source_pattern is not None else None
     rows, images = _open(request, drawn, pattern)
     return rows, images, [*_filters(request), *([pattern] if pattern else [])]
 
@@ -136,11 +162,11 @@ def _open(request: Request, drawn: Path, source_of: Callable[[str], str] | None)
         return quilt1m_source(request.table, source_of=source_of, encoding=request.encoding), images
     rows = TableSource(
         request.table,
-        image_column=request.image_column,
-        caption_column=request.caption_column,
+        image_column=request.image_column or IMAGE_COLUMN,
+        caption_column=request.caption_column or CAPTION_COLUMN,
         split_column=request.split_column,
         source_column=request.source_column,
-        split=request.split or "train",
+        split="train" if request.split is None else request.split,
         source_of=source_of,
         encoding=request.encoding,
     )
@@ -152,12 +178,12 @@ def _filters(request: Request) -> list[Filter]:
     from quiltnet.data.selection import CaptionWords, KeepList, NotFlagged, OneOf
 
     filters: list[Filter] = []
-    if request.subset:
+    if request.subset is not None:
         filters.append(OneOf("filtered_subset", "subset", request.subset.split(",")))
-    if request.split and (request.format is Format.quilt1m or request.split_column):
+    if request.split is not None and (request.format is Format.quilt1m or request.split_column):
         label = request.split_column or "split"
         filters.append(OneOf("filtered_split", "split", request.split.split(","), label))
-    if request.magnification:
+    if request.magnification is not None:
         filters.append(OneOf("filtered_magnification", "magnification", request.magnification.split(",")))
     if request.drop_not_histology:
         filters.append(NotFlagged("filtered_not_histology", "not_histology"))
@@ -167,7 +193,7 @@ def _filters(request: Request) -> list[Filter]:
         filters.append(
             KeepList(
                 request.keep_list,
-                image_column=request.image_column,
+                image_column=request.image_column or IMAGE_COLUMN,
                 score_column=request.keep_column,
                 least=request.keep_min,
                 most=request.keep_max,
@@ -185,10 +211,10 @@ def _draw_rows(request: Request, folder: Path) -> Iterator[PairRow]:
     from quiltnet.data.synthetic import draw_pairs
 
     numbers = count()
-    for number, pair in enumerate(draw_pairs(request.samples, request.size, request.seed)):
+    for number, pair in enumerate(draw_pairs(request.tiles, request.side, request.seed)):
         path = f"{pair.name}.jpg"
         (folder / path).write_bytes(pair.jpeg())
         facts = {"synthetic": True, "pattern": pair.pattern, **asdict(pair.attributes)}
-        split = "val" if number >= request.samples - request.samples // 10 else "train"
+        split = "val" if number >= request.tiles - request.tiles // 10 else "train"
         for caption in pair.captions:
             yield PairRow(next(numbers), path, caption, split, pair.name, facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
@@ -19,7 +20,7 @@ def print_before_and_after(start: Mapping[str, float], last: Mapping[str, float]
     for name, value in last.items():
         before = start.get(name, float("nan"))
         table.add_row(name, f"{before:.4f}", f"{value:.4f}", f"{value - before:+.4f}")
-    _print(table)
+    print_table(table)
 
 
 def print_columns(columns: Mapping[str, Mapping[str, float]]) -> None:
@@ -27,7 +28,7 @@ def print_columns(columns: Mapping[str, Mapping[str, float]]) -> None:
     table = Table("metric", *columns)
     for name in dict.fromkeys(name for numbers in columns.values() for name in numbers):
         table.add_row(name, *(f"{numbers[name]:.4f}" if name in numbers else "-" for numbers in columns.values()))
-    _print(table)
+    print_table(table)
 
 
 def print_trials(rows: Sequence[tuple[str, str, str]], outcome: str) -> None:
@@ -35,10 +36,9 @@ def print_trials(rows: Sequence[tuple[str, str, str]], outcome: str) -> None:
     table = Table("trial", "overrides", outcome)
     for row in rows:
         table.add_row(*map(escape, row))
-    _print(table)
+    print_table(table)
 
 
-def _print(table: Table) -> None:
-    # Names are never cut: where no terminal says how wide it is, a line may be as long as it needs.
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 200)
+def print_table(table: Table) -> None:
+    """Names are never cut or broken: where no terminal says how wide it is, a line is as long as it needs."""
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)

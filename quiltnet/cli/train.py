@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from quiltnet.cli.options import check_ranges
+from quiltnet.cli.options import check_options
 from quiltnet.cli.run_directory import RunDirectory, check_run_directory, create_run_directory
 from quiltnet.cli.sweep import is_trial, monitored, trial_directory
 from quiltnet.cli.tables import print_before_and_after
@@ -151,7 +151,7 @@ def _check_options(cfg: DictConfig) -> None:
         raise UserError("run_name is not set; say run_name=first_try, and results go to outputs/first_try")
     if not re.fullmatch(r"\w[\w.+=,-]*", str(cfg.run_name)):
         raise UserError(f"run_name={cfg.run_name!r} is a folder's name: letters, digits and . _ + = , - only")
-    check_ranges(cfg)
+    check_options(cfg)
     if cfg.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision=fp16 needs a GPU (its gradients are scaled there); use fp32 or bf16")
 

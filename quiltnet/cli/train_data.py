@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from quiltnet.cli.options import SHARDS
 from quiltnet.data.augmentation import DeviceAugment
 from quiltnet.data.batches import Batch
 from quiltnet.data.captions import CaptionChoice
@@ -116,10 +117,15 @@ def _sources(train: DictConfig) -> Any:
         )
     if given:
         return given
+    if not isinstance(sources, Mapping):
+        raise UserError(f"data.train.sources={sources} must be {{name: {{shards: …}}, …}}")
     for name, source in sources.items():
         if not isinstance(source, Mapping) or not set(source) <= {"shards", "weight"} or "shards" not in source:
             raise UserError(f"data.train.sources.{name}={source} must be {{shards: …}}, or {{shards: …, weight: 2}}")
-    return {name: Source(**source) for name, source in sources.items()}
+        are_shards, words = SHARDS
+        if not are_shards(source["shards"]):
+            raise UserError(f"data.train.sources.{name}.shards={source['shards']} must be {words}")
+    return {str(name): Source(**source) for name, source in sources.items()}
 
 
 def plain(value: Any) -> Any:

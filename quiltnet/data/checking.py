@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -194,11 +195,11 @@ def _gather(
     if found.manifest is not None:
         unlisted = [shard for shard in found.shards if shard.entry is None]
         defects = [("unlisted_shards", str(shard.path), "the manifest does not list it") for shard in unlisted]
-    for evaluation_set in dict.fromkeys(against):
-        name = Path(evaluation_set).name
-        is_taken = any(portion.group == name for portion in portions)
-        portions += evaluation_portions(evaluation_set, evaluation_set if is_taken or not name else name)
-    groups = list(dict.fromkeys((*found.splits, *(portion.group for portion in portions))))
+    groups = list(found.splits)
+    for place, named in {os.path.abspath(Path(named).expanduser()): named for named in against}.items():
+        name = Path(place).name
+        groups.append(place if name in groups else name)
+        portions += evaluation_portions(named, groups[-1])
     starts, samples, captions, of_group = [0], [np.zeros(0, SAMPLE)], [np.zeros(0, CAPTION)], [np.zeros(0, np.int64)]
     examined = map_tasks(partial(examine, truncated=truncated), portions, workers)
     for done, (portion, part) in enumerate(zip(portions, examined, strict=True), start=1):

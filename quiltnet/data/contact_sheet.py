@@ -117,8 +117,9 @@ def _shortened(draw: ImageDraw.ImageDraw, text: str, size: int, width: int) -> s
     """As much of the end as fits: the ends of keys and paths tell them apart."""
     font = ImageFont.load_default(size)
     text = text.encode("utf-8", "replace").decode("utf-8")  # a file's name need not be text
-    if draw.textlength(text, font) <= width:
+    if len(text) <= width and draw.textlength(text, font) <= width:
         return text
+    text = text[-width:]  # no character is narrower than a pixel, and each that goes is a measurement
     while text and draw.textlength(f"…{text}", font) > width:
         text = text[1:]
     return f"…{text}"

@@ -29,6 +29,9 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# What simplejpeg raises of a file that it will not have; KeyError: a way of subsampling that it does not know.
+UNFIT = (ValueError, KeyError)
+
 
 class BrokenSample(Exception):
     """A stored sample that cannot be used.
@@ -68,7 +71,7 @@ def decode_image(data: bytes, *, apply_exif: bool = False) -> np.ndarray:
     if jpeg_size(data) is not None:
         # What simplejpeg will not have (warnings of libjpeg, a missing end marker) is left to Pillow's verdict,
         # so that both decoders take and refuse the same files.
-        with suppress(ValueError):
+        with suppress(*UNFIT):
             return _upright_pixels(simplejpeg.decode_jpeg(data, "RGB"), data, apply_exif)
     with _blame():
         return _upright_pixels(_eight_bits(_open(data)), data, apply_exif)
@@ -97,7 +100,7 @@ def decode_half(data: bytes, height: int, width: int) -> np.ndarray | None:
     half_height, half_width = (height + 1) // 2, (width + 1) // 2
     try:
         return simplejpeg.decode_jpeg(data, "RGB", min_height=half_height, min_width=half_width, min_factor=2)
-    except ValueError:
+    except UNFIT:
         return None
 
 
@@ -107,7 +110,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+    except UNFIT:
         return None
     return (height, width) if colorspace in ("YCbCr", "Gray") and height * width <= MAX_PIXELS else None
 

@@ -101,16 +101,21 @@ class DeviceDecoder:
 
     def _decode(self, tiles: list[EncodedTile]) -> list[Tensor | None]:
         """``(3, height, width)`` uint8 of each; None where the file is broken."""
-        if not tiles:
-            return []
-        try:
-            images = _decode_jpegs([tile.data for tile in tiles], self.device)
-        except RuntimeError:  # one file that it will not have fails the whole list
-            images = [self._decode_alone(tile.data) for tile in tiles]
+        images = self._decode_some([tile.data for tile in tiles]) if tiles else []
         return [
             image if image is not None and _holds(image, tile.framing.box) else None
             for tile, image in zip(tiles, images, strict=True)
         ]
+
+    def _decode_some(self, files: list[Tensor]) -> list[Tensor | None]:
+        """One file that the device will not have fails the whole list: it is found by halving the list."""
+        try:
+            return _decode_jpegs(files, self.device)
+        except RuntimeError:
+            if len(files) == 1:
+                return [self._decode_alone(files[0])]
+        half = len(files) // 2
+        return self._decode_some(files[:half]) + self._decode_some(files[half:])
 
     def _decode_alone(self, data: Tensor) -> Tensor | None:
         try:

@@ -112,7 +112,10 @@ def read_stored(portion: Portion, number: int) -> StoredImage:
     """A sample that ``examine`` saw, to be named and shown."""
     if portion.tar is None:
         path = portion.files[number]
-        return StoredImage(str(path), path.read_bytes() if path.is_file() else b"", None)
+        try:
+            return StoredImage(str(path), path.read_bytes(), None)
+        except OSError:
+            return StoredImage(str(path), b"", None)
     index = TarIndex(portion.tar, ensure_index(portion.tar))
     try:
         members = index.read(number, WANTED_EXTENSIONS)

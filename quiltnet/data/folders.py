@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from quiltnet.data.image_files import IMAGE_ENDINGS
+from quiltnet.data.image_files import IMAGE_ENDINGS, walk_files
 from quiltnet.data.pairs import PairRow
 from quiltnet.data.row_table import ListedRows
 from quiltnet.errors import UserError
 
 SPLITS = ("train", "val", "test")
+TEXTS = ("txt", "json")
 
 
 def folder_source(
@@ -44,13 +45,14 @@ class Splits:
 
     Args:
         wanted: without such folders, the split of all; with them, the only one that is wanted.
+        names: of such folders.
 
     Raises:
         UserError: there are such folders, and none is ``wanted``.
     """
 
-    def __init__(self, root: Path, wanted: str | None) -> None:
-        self._folders = [name for name in SPLITS if (root / name).is_dir()]
+    def __init__(self, root: Path, wanted: str | None, names: Sequence[str] = SPLITS) -> None:
+        self._folders = [name for name in names if (root / name).is_dir()]
         self._wanted = wanted
         if self._folders and wanted is not None and wanted not in self._folders:
             raise UserError(f"{root} has no folder {wanted}; its splits are {', '.join(self._folders)}")
@@ -80,23 +82,20 @@ def _rows(root: Path, splits: Splits, source_of: Callable[[str], str]) -> Iterat
 
 def _images(root: Path) -> Iterator[tuple[str, Path | None, Path | None]]:
     """(path from ``root``, txt, json) of each image, in the order of their names."""
-    for folder, below, names in os.walk(root):
-        below.sort()
-        there = set(names)
-        for name in sorted(names):
-            stem, _, ending = name.rpartition(".")
-            if stem and ending.lower() in IMAGE_ENDINGS and not name.startswith("."):
-                place = Path(folder)
-                beside = [place / f"{stem}.{kind}" if f"{stem}.{kind}" in there else None for kind in ("txt", "json")]
-                yield (place / name).relative_to(root).as_posix(), *beside
+    for folder, names in walk_files(root):
+        place = Path(folder)
+        parted = [(stem, ending.lower(), place / name) for name in names for stem, _, ending in [name.rpartition(".")]]
+        texts = {(stem, ending): path for stem, ending, path in parted if ending in TEXTS}
+        for stem, ending, path in parted:
+            if stem and ending in IMAGE_ENDINGS and not path.name.startswith("."):
+                yield path.relative_to(root).as_posix(), *(texts.get((stem, kind)) for kind in TEXTS)
 
 
 def _fingerprint(root: Path) -> str:
     """Of names, sizes and times of all files: a caption that was put right is another source."""
     digest = hashlib.blake2b(digest_size=16)
-    for folder, below, names in os.walk(root):
-        below.sort()
-        for name in sorted(names):
+    for folder, names in walk_files(root):
+        for name in names:
             status = os.lstat(os.path.join(folder, name))
             digest.update(f"{folder}/{name} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "replace"))
     return digest.hexdigest()
@@ -116,7 +115,10 @@ def _read_captions(text: Path | None, record: Path | None) -> tuple[list[str], d
         captions = texts_of(stated)
         metadata = {name: value for name, value in stated.items() if name not in ("captions", "caption")}
     if not captions and text is not None:
-        caption = text.read_bytes().decode("utf-8", "replace").removeprefix("\ufeff")
+        try:
+            caption = text.read_bytes().decode("utf-8-sig", "replace")
+        except OSError:
+            return [], metadata, "unreadable_text"
         captions = [caption] if caption.strip() else []
     return captions, metadata, ""
 

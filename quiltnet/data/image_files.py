@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,19 +88,36 @@ def find_files(named: Sequence[str | Path], endings: Sequence[str], rule: str) -
     return sorted(dict.fromkeys(found))
 
 
+def walk_files(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) of ``root`` and all below it, in the order of names.
+
+    Links to folders are followed, but for those to a folder that they lie in.
+    """
+    for folder, below, names in os.walk(root, followlinks=True):
+        below[:] = sorted(name for name in below if not _leads_back(folder, name))
+        yield folder, sorted(names)
+
+
+def _leads_back(folder: str, name: str) -> bool:
+    place = os.path.join(folder, name)
+    return os.path.islink(place) and Path(place).resolve() in (Path(folder).resolve() / name).parents
+
+
 def _holds_zips(folder: Path) -> bool:
     """Whether a folder is one of zips: an archive that lies among images does not make it one."""
-    endings = {entry.name.rpartition(".")[2].lower() for entry in os.scandir(folder)}
+    endings = {entry.name.rpartition(".")[2].lower() for entry in os.scandir(folder) if entry.is_file()}
     return "zip" in endings and not endings & set(IMAGE_ENDINGS)
 
 
 def _matches(name: str, endings: Sequence[str]) -> list[Path]:
     path = Path(os.path.abspath(Path(name).expanduser()))
-    if path.is_dir():
-        return sorted(file for ending in endings for file in path.rglob(f"*{ending}"))
     if path.is_file():
         return [path]
-    return [Path(match) for match in glob.glob(str(path), recursive=True) if match.endswith(tuple(endings))]
+    if path.is_dir():
+        files = [os.path.join(folder, name) for folder, names in walk_files(path) for name in names]
+    else:
+        files = glob.glob(str(path), recursive=True)
+    return [Path(file) for file in files if file.lower().endswith(tuple(endings))]
 
 
 def _expanded(name: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -69,9 +69,14 @@ def read_report(path: Path) -> ShardReport:
 
 
 class Totals:
-    """Adds up reports, one at a time."""
+    """Adds up reports, one at a time.
 
-    def __init__(self) -> None:
+    Attributes:
+        splits: of a manifest, with the tars that there are; those named at first are in it in any case.
+    """
+
+    def __init__(self, splits: Iterable[str] = ()) -> None:
+        self.splits = {split: _no_shards() for split in splits}
         self._counts = Counter(samples=0, captions=0, duplicate_captions=0)
         self._small = 0
         self.rejected: Counter[str] = Counter()
@@ -83,6 +88,11 @@ class Totals:
 
     def add(self, report: ShardReport, split: str, images: np.ndarray, sources: np.ndarray) -> None:
         """images, sources: codes of the samples that were planned for the tar."""
+        of_split = self.splits.setdefault(split, _no_shards())
+        if report.entry is not None:
+            of_split["samples"] += report.samples
+            of_split["captions"] += report.captions
+            of_split["shards"].append(report.entry)
         self._counts.update(
             samples=report.samples, captions=report.captions, duplicate_captions=report.duplicate_captions
         )
@@ -130,6 +140,10 @@ def write_rejection(file: TextIO, number: int, image_path: str | None, reason: s
     """One line of rejected.jsonl."""
     line = {"row": number, "image_path": image_path, "reason": reason, "detail": detail}
     file.write(json.dumps(line) + "\n")
+
+
+def _no_shards() -> dict[str, Any]:
+    return {"samples": 0, "captions": 0, "shards": []}
 
 
 def _distinct(by_split: Mapping[str, list[np.ndarray]]) -> list[np.ndarray]:

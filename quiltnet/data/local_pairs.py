@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Protocol
@@ -9,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from quiltnet.data.mixing import Mixture
-from quiltnet.data.shard_files import ShardFile, ShardSpec, fingerprint, resolve_shards
+from quiltnet.data.shard_files import ShardFile, ShardSpec, resolve_shards
 from quiltnet.data.stored_pairs import StoredPair, StoredPairs
 
 
@@ -37,8 +38,12 @@ class LocalPairs:
         return LocalSupply(self._pairs, self._mixture, self._mixture.numbers(positions), tell)
 
     def describe(self) -> dict[str, int | str]:
+        """Counts, and a checksum of names, of what a manifest says, and of what is there: sizes and ends of tars."""
         shards = self._pairs.shards
-        return {"samples": self.samples_per_epoch, "tars": len(shards), "sha256": fingerprint(shards)}
+        digest = hashlib.sha256()
+        for shard, identity in zip(shards, self._pairs.identities, strict=True):
+            digest.update(f"{shard.path.name} {shard.sha256} {identity}\n".encode())
+        return {"samples": self.samples_per_epoch, "tars": len(shards), "sha256": digest.hexdigest()}
 
     def source_counts(self, position: int) -> dict[str, int]:
         """Samples of each source before ``position``; empty where there is one source."""

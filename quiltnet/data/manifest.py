@@ -16,6 +16,7 @@ from quiltnet.errors import UserError
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+REJECTED_LIST = "rejected.jsonl"
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 
 
@@ -28,11 +29,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
                  in_several_splits {images, sources}, caption_words {min, p5, p25, p50, p75, p95, max},
                  image_sizes {width {quantiles}, height {quantiles}, below_64: images with a shorter side},
                  findings {what the source met and worked around: times}
-        splits   {split: {samples, captions, shards}}
-        shards   [{path (from this folder), samples, captions, bytes, sha256}]
+        splits   {split: {samples, captions, shards [{path (from this folder), samples, captions, bytes, sha256}]}}
+        prepared what `quiltnet prepare` made of another set, and from which; only there
 
     Where ``in_several_splits`` is not 0, what is measured on one split was partly trained on in another. What an
-    older quiltnet did not count is None (``sources``) or empty (``caption_words``, ``image_sizes``).
+    older quiltnet did not count is None (``sources``) or empty (``caption_words``, ``image_sizes``, ``findings``).
 
     Raises:
         UserError: there is none, or a newer quiltnet wrote it.
@@ -48,20 +49,24 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         ) from error
     if version > SCHEMA_VERSION:
         raise UserError(f"{path} has schema_version {version}, this quiltnet reads {SCHEMA_VERSION}; update quiltnet")
-    manifest["totals"] = {"sources": None, "caption_words": {}, "image_sizes": {}, **manifest["totals"]}
+    manifest["totals"] = {"sources": None, "caption_words": {}, "image_sizes": {}, "findings": {}, **manifest["totals"]}
     return {**manifest, "schema_version": SCHEMA_VERSION}
 
 
 def tars_in(folder: Path) -> list[Path]:
     """By name; compressed ones too, since a reader that cannot have them should say so."""
-    return sorted(path for path in folder.iterdir() if path.name.endswith(TAR_ENDINGS))
+    try:
+        return sorted(path for path in folder.iterdir() if path.name.endswith(TAR_ENDINGS))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed ({error.strerror}); make it readable, or name another") from error
 
 
 def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
     """Whole or absent: the file gets its name when every byte of it is on the disk."""
     path = Path(folder) / MANIFEST_NAME
     unfinished = path.with_name(f"{path.name}.partial")
-    with open(unfinished, "w", encoding="utf-8") as file:
+    # The name of a folder need not be text: what is not, becomes the escape that JSON has for it.
+    with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(manifest, file, indent=1, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())

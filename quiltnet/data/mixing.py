@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +58,7 @@ class Mixture:
             columns = zip(self._firsts.tolist(), sizes.values(), places, strict=False)
             self._streams = [_Stream(*column, 1 + source) for source, column in enumerate(columns)]
         self._ends = np.cumsum([0, *(stream.places for stream in self._streams)])  # within a block
+        self._counted = (0, np.zeros(len(self.names), np.int64))  # a position, and the samples of sources before it
 
     def numbers(self, positions: np.ndarray | range) -> np.ndarray:
         """(B,) int64: the samples at ``positions`` (each of at least 0)."""
@@ -89,23 +91,30 @@ class Mixture:
         return int(self._firsts[source]), int(self._firsts[source + 1])
 
     def counts(self, position: int) -> dict[str, int]:
-        """Samples of each source before ``position``."""
+        """Samples of each source before ``position``; quick where a position not far before was asked for last."""
         whole, rest = divmod(position, int(self._ends[-1]))
-        of_rest = np.arange(position - rest, position)
-        if len(self._streams) == 1:
-            per_block, sources = np.diff(self._firsts), self.sources(self.numbers(of_rest))
-        else:
-            per_block, sources = np.diff(self._ends), self.split(of_rest)[0]
-        counts = whole * per_block + np.bincount(sources, minlength=len(self.names))
+        is_weighted = len(self._streams) > 1
+        counted_to, counts = self._counted
+        if not position - rest <= counted_to <= position:
+            counted_to, counts = position - rest, whole * np.diff(self._ends if is_weighted else self._firsts)
+        for positions in _pieces(counted_to, position):
+            sources = self.split(positions)[0] if is_weighted else self.sources(self.numbers(positions))
+            counts = counts + np.bincount(sources, minlength=len(self.names))
+        self._counted = position, counts
         return dict(zip(self.names, counts.tolist(), strict=True))
 
     def seen(self, position: int) -> np.ndarray:
         """(N,) bool: the samples that occur before ``position``."""
         seen = np.zeros(self.samples_per_epoch, bool)
         whole, rest = divmod(position, int(self._ends[-1]))
-        seen[self.numbers(range(position - rest, position))] = True
+        for positions in _pieces(position - rest, position):
+            seen[self.numbers(positions)] = True
         for stream in self._streams:
-            seen[self._shuffled(stream, np.arange(min(whole * stream.places, stream.size)))] = True
+            if whole * stream.places >= stream.size:
+                seen[stream.first : stream.first + stream.size] = True
+                continue
+            for places in _pieces(0, whole * stream.places):
+                seen[self._shuffled(stream, places)] = True
         return seen
 
     def _shuffled(self, stream: _Stream, places: np.ndarray) -> np.ndarray:
@@ -119,13 +128,21 @@ class Mixture:
         return numbers + stream.first
 
 
+def _pieces(start: int, end: int) -> Iterator[np.ndarray]:
+    """``range(start, end)``, a block at a time: what is computed of 50 million places at once takes gigabytes."""
+    for first in range(start, end, BLOCK):
+        yield np.arange(first, min(first + BLOCK, end))
+
+
 def _places(sizes: Mapping[str, int], weights: Mapping[str, float]) -> list[int]:
     """Places of each source in a block: its share, by largest remainder."""
     if set(sizes) != set(weights):
         raise UserError(f"weights are given for {sorted(weights)}, sources are {sorted(sizes)}; weigh all or none")
-    wrong = {name: weight for name, weight in weights.items() if not weight > 0}
+    wrong = {n: w for n, w in weights.items() if not isinstance(w, int | float) or not 0 < w < math.inf}
     if wrong:
-        raise UserError(f"weights of sources must be above 0, not {wrong}; leave out a source that is not wanted")
+        raise UserError(
+            f"weights of sources must be numbers above 0, not {wrong}; leave out a source that is not wanted"
+        )
     shares = np.array([weights[name] for name in sizes]) / sum(weights.values()) * BLOCK
     places = np.floor(shares).astype(int)
     places[np.argsort(places - shares, kind="stable")[: BLOCK - places.sum()]] += 1

@@ -6,7 +6,6 @@ its report is in the journal; anything else in the folder is a leftover, and is 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +16,7 @@ from quiltnet.data.ledger import ShardReport, read_report
 from quiltnet.data.planning import Plan
 from quiltnet.data.shard_writer import JOURNAL, Job, ShardWriter, start_worker, write_in_worker
 from quiltnet.data.tar_index import write_index
+from quiltnet.data.worker_pool import available_cores
 from quiltnet.errors import UserError
 
 SAMPLES_WORTH_PROCESSES = 5000  # a process takes a second to start, and packs a thousand images in two
@@ -48,7 +48,7 @@ def carry_out(job: Job, plan: Plan, todo: Sequence[int], workers: int | None) ->
     (job.work / JOURNAL).mkdir(exist_ok=True)
     if workers is None:
         is_much = sum(plan.shards[number].samples for number in todo) >= SAMPLES_WORTH_PROCESSES
-        workers = _cores() if is_much else 0
+        workers = available_cores() if is_much else 0
     for number, report in _reports(job, todo, workers):
         shard = plan.shards[number]
         if report.entry is not None:
@@ -76,11 +76,6 @@ def _reports(job: Job, todo: Sequence[int], workers: int) -> Iterator[tuple[int,
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _cores() -> int:
-    """Those that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_there(job: Job, report: ShardReport) -> bool:

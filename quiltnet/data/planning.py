@@ -119,7 +119,10 @@ def make_plan(table: RowTable, folder: Path, *, seed: int, layout: str, samples_
     plan.save(folder)
 
 
-DETAILS = {"missing_image": "the table names none", "unsafe_path": "must lie below the folder of images"}
+DETAILS = {
+    "missing_image": "the table names none",
+    "unsafe_path": "paths start from the folder of images, without / before them, and stay below it",
+}
 
 ROW = np.dtype([("position", "i8"), ("image", "u8"), ("order", "u8"), ("source", "u8"), ("split", "i8")])
 

@@ -18,7 +18,7 @@ from quiltnet.data.manifest import shard_entry
 from quiltnet.data.pairs import short_hash
 from quiltnet.data.prepared_images import PreparedForm, PreparedImage
 from quiltnet.data.stored_pairs import IMAGE_EXTENSIONS, StoredPair, pair_from_members
-from quiltnet.data.tar_index import TarIndex, ensure_index, write_index
+from quiltnet.data.tar_index import TarIndex, open_index, write_index
 from quiltnet.errors import UserError
 
 
@@ -86,6 +86,7 @@ def prepare_shard(task: ShardTask, form: PreparedForm) -> int:
                 sample = work.take(index, number)
                 if sample is not None:
                     _write_sample(tar, sample)
+                tar.members.clear()  # tarfile would keep a kilobyte for each
         file.flush()
         os.fsync(file.fileno())
     if work.report.samples:
@@ -105,15 +106,6 @@ def prepare_sample(index: TarIndex, number: int, form: PreparedForm) -> Prepared
         return _prepare(index, number, form)
     except _Dropped:
         return None
-
-
-def open_index(tar: Path) -> TarIndex:
-    try:
-        return TarIndex(tar, ensure_index(tar))
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(
-            f"{tar} is not a tar that can be read ({error}); shards are uncompressed tars: gunzip a compressed one"
-        ) from error
 
 
 class _Work:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,16 +14,15 @@ import numpy as np
 
 from quiltnet import __version__
 from quiltnet.data.ledger import Totals, read_report
-from quiltnet.data.manifest import MANIFEST_NAME, SCHEMA_VERSION, sha256_of, write_manifest
+from quiltnet.data.manifest import MANIFEST_NAME, REJECTED_LIST, SCHEMA_VERSION, sha256_of, write_manifest
 from quiltnet.data.prepared_images import PreparedForm, summarise_error
-from quiltnet.data.prepared_shards import ShardTask, open_index, prepare_sample, prepare_shard
+from quiltnet.data.prepared_shards import ShardTask, prepare_sample, prepare_shard
 from quiltnet.data.shard_files import ShardFile, fingerprint
 from quiltnet.data.shard_sets import ShardSet, find_shard_set
+from quiltnet.data.tar_index import open_index
 from quiltnet.data.worker_pool import map_tasks
-from quiltnet.data.workplace import REQUEST_NAME, WORK, built_aside, check_target
+from quiltnet.data.workplace import WORK, built_aside, check_target, is_begun, partial_of
 from quiltnet.errors import UserError
-
-REJECTED_NAME = "rejected.jsonl"
 
 MEASURED = 256  # images over all shards, on which the error is measured, of those that have one
 _ESTIMATED_FROM = 48  # images
@@ -70,8 +68,8 @@ def plan_preparing(source: str | Path, out: str | Path, form: PreparedForm) -> P
     found = find_shard_set(source)
     out = Path(os.path.abspath(Path(out).expanduser()))
     _check_target(found.root, out)
-    plan = Plan(found, out, form, list(_tasks(found, out, form)), 0, 0)
-    goes_on = _is_begun(out, plan.request)
+    plan = Plan(found, out, form, list(_tasks(found, out)), 0, 0)
+    goes_on = is_begun(out, plan.request)
     waiting = [task for task in plan.tasks if not (goes_on and task.is_finished)]
     estimate = _estimate_bytes(waiting, form)
     free = shutil.disk_usage(_existing_parent(out)).free
@@ -101,6 +99,9 @@ def prepare_shards(
         UserError: the target cannot be written, or not one sample can be used.
     """
     with built_aside(plan.out, plan.request, say) as folder:
+        for pattern in ("*/.*.unfinished", "*/.*.index.*"):  # of a run that was killed
+            for leftover in folder.glob(pattern):
+                leftover.unlink()
         waiting = [task for task in plan.tasks if not task.is_finished]
         done, seen = len(plan.tasks) - len(waiting), 0
         for samples in map_tasks(partial(prepare_shard, form=plan.form), waiting, workers):
@@ -112,7 +113,7 @@ def prepare_shards(
     return manifest
 
 
-def _tasks(found: ShardSet, out: Path, form: PreparedForm) -> Iterator[ShardTask]:
+def _tasks(found: ShardSet, out: Path) -> Iterator[ShardTask]:
     # Tars that a manifest does not list are no part of the set.
     chosen = [
         (split, shard)
@@ -120,9 +121,13 @@ def _tasks(found: ShardSet, out: Path, form: PreparedForm) -> Iterator[ShardTask
         for shard in shards
         if found.manifest is None or shard.entry is not None
     ]
-    folder = out.with_name(f"{out.name}.partial")
+    if not chosen:
+        raise UserError(f"{found.root} has no shards: its manifest lists none; pack the pairs again")
+    folder = partial_of(out)
     measured = -(-MEASURED // len(chosen))
     for split, shard in chosen:
+        if split == WORK:
+            raise UserError(f"a split cannot be called {WORK}, as the folder {shard.path.parent} is; rename it")
         if not shard.path.is_file():
             raise UserError(f"{shard.path} is missing, and the manifest lists it; bring it back, or pack the set again")
         yield ShardTask(
@@ -148,15 +153,6 @@ def _origin(found: ShardSet) -> str:
         return fingerprint(ShardFile(shard.path) for shard in found.shards)
     home = found.root if (found.root / MANIFEST_NAME).is_file() else found.root.parent
     return sha256_of(home / MANIFEST_NAME)
-
-
-def _is_begun(out: Path, request: dict[str, Any]) -> bool:
-    """Whether a run with the same request has left something to go on with."""
-    recorded = out.with_name(f"{out.name}.partial") / WORK / REQUEST_NAME
-    try:
-        return json.loads(recorded.read_text(encoding="utf-8")) == request
-    except (OSError, ValueError):
-        return False
 
 
 def _estimate_bytes(tasks: list[ShardTask], form: PreparedForm) -> int:
@@ -187,19 +183,13 @@ def _manifest(plan: Plan, folder: Path) -> dict[str, Any]:
     """Gathers what each shard has left on record; writes the list of rejected samples."""
     totals, levels = Totals(), np.zeros(256, np.int64)
     measured = copied = 0
-    splits: dict[str, dict[str, Any]] = {}
-    with open(folder / REJECTED_NAME, "w", encoding="utf-8") as file:
+    with open(folder / REJECTED_LIST, "w", encoding="utf-8") as file:
         for task in plan.tasks:
             report, facts = read_report(task.record), task.read_facts()
             totals.add(report, task.split, facts["images"], facts["sources"])
             levels += facts["levels"]
             measured, copied = measured + int(facts["measured"]), copied + int(facts["copied"])
             file.write(str(facts["rejected"]))
-            entry = splits.setdefault(task.split, {"samples": 0, "captions": 0, "shards": []})
-            if report.entry is not None:
-                entry["samples"] += report.samples
-                entry["captions"] += report.captions
-                entry["shards"].append(report.entry)
     described = totals.as_dict()
     if not described["samples"]:
         raise UserError(
@@ -212,8 +202,9 @@ def _manifest(plan: Plan, folder: Path) -> dict[str, Any]:
         "source": before.get("source", {"shards": plan.found.root.name}),
         "seed": before.get("seed"),
         "samples_per_shard": before.get("samples_per_shard"),
+        "layout": before.get("layout"),
         "totals": described,
-        "splits": splits,
+        "splits": totals.splits,
         "prepared": {
             "from": _origin(plan.found),
             **plan.form.describe(),

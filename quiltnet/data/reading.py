@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from quiltnet import distributed
@@ -30,6 +33,10 @@ from quiltnet.data.shard_files import ShardSpec
 from quiltnet.data.streamed_pairs import StreamedPairs, open_remote
 from quiltnet.data.watchdog import StageBoard, Watchdog
 from quiltnet.errors import UserError
+
+# A loader process that is waiting (for a silent server, say) looks this often whether it is still wanted, and is given
+# so long to end by itself.
+LOOK_S, GRACE_S = 0.5, 2.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ class PairLoader:
         self._global_batch_size = global_batch_size
         self._batch_size = global_batch_size // world_size
         self._rank = rank
+        self._name = f"rank {rank}: " if world_size > 1 else ""
         self._workers = workers
         self._prefetch = prefetch
         self._streams: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
@@ -105,6 +113,7 @@ class PairLoader:
 
     def _stream(self, position: int) -> Generator[Batch, None, None]:
         first = position + self._rank * self._batch_size
+        ending = torch.zeros((), dtype=torch.bool).share_memory_()
         loader = DataLoader(
             self._batches,
             batch_size=None,
@@ -112,19 +121,32 @@ class PairLoader:
             num_workers=self._workers,
             prefetch_factor=self._prefetch if self._workers else None,
             collate_fn=_unchanged,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, ending),
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # DataLoader seeds its workers from the global one otherwise
         )
-        watchdog = Watchdog(self.board)
+        batches = iter(loader)  # forks its processes, so before a thread of ours is there
+        watchdog = Watchdog(self.board, who=self._name)
         try:
-            batches = iter(loader)
             while True:
                 with watchdog.waiting():
-                    batch = _next(batches)
+                    batch = self._next(batches)
                 yield batch
         finally:
+            ending.fill_(True)
             watchdog.close()
+
+    def _next(self, batches: Iterator[Batch | UserError]) -> Batch:
+        try:
+            batch = next(batches)
+        except (ConnectionError, EOFError) as error:
+            if not self._workers:
+                raise
+            # One that was killed had a batch to hand over, and DataLoader has not noticed yet that it is gone.
+            raise RuntimeError("DataLoader worker ended while it handed over a batch.") from error
+        if isinstance(batch, UserError):
+            raise batch
+        return batch
 
 
 def build_loader(
@@ -213,19 +235,25 @@ class _Batches(Dataset):
         return batch
 
 
-def _next(batches: Iterator[Batch | UserError]) -> Batch:
-    batch = next(batches)
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
-
-
 def _unchanged(batch: Batch | UserError) -> Batch | UserError:
     return batch
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(ending: Tensor, worker: int) -> None:
     # A terminal sends Ctrl-C to all processes. The main one ends the workers; a traceback of each helps nobody.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Workers are the parallelism: tokenizers would start a thread a core in each of them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_in_time, args=(os.getppid(), ending), daemon=True).start()
+
+
+def _end_in_time(parent: int, ending: Tensor) -> None:
+    """End this process soon after the one that started it, however that one ended.
+
+    DataLoader asks its processes to end, or lets them see that they are orphans, when they have finished a batch; one
+    that waits for a silent server has minutes to go, and joining takes 5 s for each.
+    """
+    while os.getppid() == parent and not ending:
+        time.sleep(LOOK_S)
+    time.sleep(GRACE_S)
+    os._exit(0)

@@ -232,7 +232,10 @@ def _list(folder: str, patience: Patience) -> list[str]:
     try:
         names = fs.ls(path, detail=False)
     except Exception as error:  # each store's client raises types of its own
-        raise UserError(f"{without_secrets(folder)} cannot be listed: {without_secrets(str(error))}") from error
+        raise UserError(
+            f"{without_secrets(folder)} cannot be listed ({without_secrets(str(error))}); "
+            "check the URL and the credentials, or name the tars themselves"
+        ) from error
     return sorted(fs.unstrip_protocol(name) for name in names if name.endswith(TAR_ENDINGS))
 
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 from quiltnet.data.decoding import BrokenSample
 from quiltnet.data.folders import Splits
 from quiltnet.data.image_files import find_files
+from quiltnet.data.manifest import MANIFEST_NAME, TAR_ENDINGS, read_manifest
 from quiltnet.data.pairs import PairRow, image_id
 from quiltnet.data.row_table import ListedRows
 from quiltnet.data.stored_pairs import IMAGE_EXTENSIONS, StoredPair, pair_from_members
@@ -29,7 +30,6 @@ from quiltnet.data.tar_members import Member, TarMembers
 from quiltnet.data.tarred_images import ImagePlaces, TarredImages, read_at, unpacked_name
 from quiltnet.errors import UserError
 
-ENDINGS = (".tar", ".tar.gz", ".tgz")
 TEXTS = ("json", "txt")
 GZIP_BITS = 16 + zlib.MAX_WBITS  # zlib's sign for gzip's format; Python's gzip gives up the last block of a cut file
 UNPACKED_AT_ONCE = 16 << 20
@@ -45,7 +45,7 @@ class WebDatasetSource:
 
     A sample of our own keeps its ids and facts. Another's image path is ``tar/key.jpg``, without what is unsafe in
     the key: member names are labels, never paths. Folders called train, val or test below the folder named are the
-    splits, where there are any.
+    splits, where there are any; of a shard set, those that its manifest lists.
 
     Args:
         named: tars, their folder, or patterns; compressed ones too.
@@ -57,19 +57,22 @@ class WebDatasetSource:
             get another name, and tars that break off (truncated_tars) or are none (unreadable_tars).
 
     Raises:
-        UserError: nothing is there; while it is read: samples of our own claim to be the same image, and are not.
+        UserError: nothing is there, or a tar is not that a manifest lists; while it is read: samples of our own claim
+            to be the same image, and are not.
     """
 
     def __init__(
         self, named: Sequence[str | Path], *, split: str | None = None, source_of: Callable[[str], str] | None = None
     ) -> None:
-        self._tars = find_files(named, ENDINGS, "holds no tar; give tars, their folder, or a pattern such as 'x/*.tar'")
+        self._tars = find_files(
+            named, TAR_ENDINGS, "holds no tar; give tars, their folder, or a pattern such as 'x/*.tar'"
+        )
         only = Path(os.path.abspath(Path(named[0]).expanduser())) if len(named) == 1 else None
         self._root = only if only and only.is_dir() else Path(os.path.commonpath([path.parent for path in self._tars]))
-        self._split, self._splits = split, Splits(self._root, split)
+        self._split, self._splits = split, _splits(self._root, split)
         self._source_of = source_of
         self.where, self.split_column = ", ".join(map(str, named)), "split"
-        self.kinds = {"*": "record"}
+        self.kinds: dict[str, str] = {}
         self.findings: Counter[str] = Counter()
 
     @property
@@ -124,6 +127,19 @@ class WebDatasetSource:
         for place, caption in enumerate(sample.pair.captions):
             of_caption = {name: values[place] for name, values in record["caption_metadata"].items()}
             yield caption, source_id, {**record["metadata"], **of_caption}
+
+
+def _splits(root: Path, split: str | None) -> Splits:
+    """Of a shard set, of one split of it, or of any folder."""
+    if (root / MANIFEST_NAME).is_file():
+        splits = read_manifest(root)["splits"]
+        entries = [entry["path"] for of_split in splits.values() for entry in of_split["shards"]]
+        missing = next((path for path in entries if not (root / path).is_file()), None)
+        if missing is not None:
+            raise UserError(f"{root / missing} is missing, and the manifest lists it; bring it back")
+        return Splits(root, split, list(splits))
+    is_split = (root.parent / MANIFEST_NAME).is_file() and root.name in read_manifest(root.parent)["splits"]
+    return Splits(root, split or root.name if is_split else split)
 
 
 @dataclass(frozen=True)
@@ -227,7 +243,7 @@ def _is_ours(record: dict[str, Any]) -> bool:
 
 
 def _without_ending(label: str) -> str:
-    for ending in sorted(ENDINGS, key=len, reverse=True):
+    for ending in sorted(TAR_ENDINGS, key=len, reverse=True):
         label = label.removesuffix(ending)
     return label
 

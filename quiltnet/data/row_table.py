@@ -31,7 +31,7 @@ FIXED = {
     "defect": pa.string(),
 }
 FACT = "fact:"  # before the name of every other column
-RECORD = f"{FACT}*"  # a column of JSON objects, whose fields are the facts
+RECORD = "facts"  # a column of JSON objects, whose fields are the facts
 
 ROWS_NAME, SUMMARY_NAME = "rows.arrow", "rows.json"
 LISTED_AT_ONCE = 10_000
@@ -81,7 +81,7 @@ class ListedRows:
         self, rows: Iterable[PairRow], *, where: str = "the rows", identity: Any = None, findings: Counter | None = None
     ) -> None:
         self.where, self.split_column = where, "split"
-        self.kinds = {"*": "record"}
+        self.kinds: dict[str, str] = {}
         self.findings = Counter() if findings is None else findings
         self._rows, self._identity = rows, identity
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from quiltnet.data.image_files import Images
@@ -23,6 +24,7 @@ EXTENSION_OF_MAGIC = (
     (re.compile(rb"II[*+]\x00|MM\x00[*+]"), "tif"),
     (re.compile(rb"GIF8[79]a"), "gif"),
     (re.compile(rb"BM"), "bmp"),
+    (re.compile(rb"\x93NUMPY"), "npy"),  # pixels, as `quiltnet prepare --raw` keeps them
 )
 
 
@@ -56,7 +58,7 @@ def build_sample(
     record = _describe(path, distinct)
     key = sample_key(path) + (f"_{rows[0].number}" if row_is_sample else "")
     members = {extension: data, "json": json.dumps(record, ensure_ascii=False).encode("utf-8", "replace")}
-    return Sample(key, members, record["captions"], _size(data))
+    return Sample(key, members, record["captions"], _size(extension, data))
 
 
 def _load(path: str, images: Images, check_image: Callable[[bytes], str | None]) -> tuple[str, bytes]:
@@ -74,7 +76,10 @@ def _load(path: str, images: Images, check_image: Callable[[bytes], str | None])
     return extension, data
 
 
-def _size(data: bytes) -> tuple[int, int]:
+def _size(extension: str, data: bytes) -> tuple[int, int]:
+    if extension == "npy":
+        height, width, _ = np.load(io.BytesIO(data), allow_pickle=False).shape
+        return width, height
     with Image.open(io.BytesIO(data)) as image:  # its header alone
         return image.size
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from quiltnet.data.pairs import hash_code, plain_path
 from quiltnet.data.row_table import FACT
-from quiltnet.data.tables import SEPARATORS, as_text, file_identity, open_table, require_columns
+from quiltnet.data.tables import TABLE_ENDINGS, as_text, file_identity, open_table, require_columns
 from quiltnet.errors import UserError
 
 
@@ -33,11 +33,11 @@ class OneOf:
         cells = _column(batch, self.column).dictionary_encode()
         values = [_plain_number(cell) for cell in cells.dictionary.to_pylist()]
         self._seen.update(values)
-        allowed = {_plain_number(value) for value in self.wanted}
+        allowed = {_plain_number(value.strip()) for value in self.wanted}
         return _spread(np.array([value in allowed for value in values], bool), cells)
 
     def check(self, where: str) -> None:
-        unknown = [value for value in self.wanted if _plain_number(value) not in self._seen]
+        unknown = [value for value in self.wanted if _plain_number(value.strip()) not in self._seen]
         if unknown:
             there = ", ".join(sorted(self._seen)) or "none"
             raise UserError(f"{where} has no {self.label or self.column} {', '.join(unknown)}; it has {there}")
@@ -133,7 +133,7 @@ class KeepList:
         if score_column is None and (least is not None or most is not None):
             raise UserError("--keep-min and --keep-max compare a score; say which column holds it with --keep-column")
         self._rule = (image_column, score_column, least, most)
-        is_table = self._path.suffix.lower() in (*SEPARATORS, ".parquet")
+        is_table = self._path.suffix.lower() in TABLE_ENDINGS
         if score_column is not None and not is_table:
             raise UserError(f"{path} is a plain list; --keep-column needs a csv, tsv or parquet file")
         listed = self._scored(encoding) if is_table else self._lines(encoding)
@@ -158,7 +158,8 @@ class KeepList:
 
     def _lines(self, encoding: str) -> Iterator[str]:
         try:
-            with open(self._path, encoding=encoding) as file:
+            # Notepad writes a byte-order mark, which would be part of the first name.
+            with open(self._path, encoding="utf-8-sig" if encoding == "utf-8" else encoding) as file:
                 yield from (line.strip() for line in file)
         except (UnicodeError, LookupError) as error:
             raise UserError(f"{self._path} cannot be read as {encoding} text ({error}); see --encoding") from error
@@ -180,11 +181,12 @@ class KeepList:
 
 
 def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
-    fact = f"{FACT}{name}"
-    if name not in batch.schema.names and fact not in batch.schema.names:
+    # The split of a row may come from another column than the one that a table calls so.
+    found = next((column for column in (name, f"{FACT}{name}") if column in batch.schema.names), None)
+    if found is None:
         there = ", ".join(column.removeprefix(FACT) for column in batch.schema.names if column != "defect")
         raise UserError(f"there is no column {name} to choose rows by; there are {there}")
-    return as_text(batch.column(fact if fact in batch.schema.names else name))
+    return as_text(batch.column(found))
 
 
 def _spread(of_values: np.ndarray, cells: pa.DictionaryArray) -> np.ndarray:
@@ -202,4 +204,4 @@ def _number(cell: str | None) -> float:
 
 def _plain_number(cell: str) -> str:
     number = _number(cell)
-    return cell if np.isnan(number) else f"{number:g}"
+    return cell if np.isnan(number) else str(int(number) if number.is_integer() else number)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import braceexpand
 
@@ -49,10 +50,8 @@ def resolve_shards(spec: ShardSpec) -> list[ShardFile]:
     promised: dict[Path, ShardFile] = {}
     for folder in {path.parent.parent for path in paths}:
         if (folder / MANIFEST_NAME).is_file():
-            entries = (shard for split in read_manifest(folder)["splits"].values() for shard in split["shards"])
-            for entry in entries:
-                path = folder / entry["path"]
-                promised[path] = ShardFile(path, entry["samples"], entry["sha256"])
+            splits = read_manifest(folder)["splits"]
+            promised.update((shard.path, shard) for name in splits for shard in _listed(folder, name, splits))
     return [promised.get(path, ShardFile(path)) for path in paths]
 
 
@@ -97,16 +96,31 @@ def _expand(pattern: str) -> list[str]:
 
 def _paths_in(folder: Path) -> list[Path]:
     if (folder / MANIFEST_NAME).is_file():
-        packed = {name: split for name, split in read_manifest(folder)["splits"].items() if split["shards"]}
+        splits = read_manifest(folder)["splits"]
+        packed = {name: shards for name in splits if (shards := _listed(folder, name, splits))}
         if len(packed) > 1:
             choices = ", ".join(str(folder / name) for name in packed)
             raise UserError(f"{folder} holds several splits; name one of {choices}, or a list of them")
-        return [_existing(str(folder / shard["path"])) for split in packed.values() for shard in split["shards"]]
+        return [_existing(str(shard.path)) for shards in packed.values() for shard in shards]
     if (folder.parent / MANIFEST_NAME).is_file():
-        split = read_manifest(folder.parent)["splits"].get(folder.name)
-        if split is not None:
-            return [_existing(str(folder.parent / shard["path"])) for shard in split["shards"]]
+        splits = read_manifest(folder.parent)["splits"]
+        if folder.name in splits:
+            return [_existing(str(shard.path)) for shard in _listed(folder.parent, folder.name, splits)]
     paths = tars_in(folder)
     if not paths:
         raise UserError(f"no shards matched: {folder} holds neither tars nor a manifest; give another folder")
     return paths
+
+
+def _listed(folder: Path, name: str, splits: Mapping[str, Any]) -> list[ShardFile]:
+    """The tars of a split, as the manifest in ``folder`` has them; it may be somebody else's."""
+    try:
+        entries = [(entry["path"], entry.get("samples"), entry.get("sha256")) for entry in splits[name]["shards"]]
+        outside = [path for path, _, _ in entries if path.startswith("/") or ".." in path.split("/")]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / MANIFEST_NAME} does not list the shards of {name}; pack the pairs again") from error
+    if outside:
+        raise UserError(
+            f"{folder / MANIFEST_NAME} names {outside[0]}, which is outside its folder; pack the pairs again"
+        )
+    return [ShardFile(folder / path, samples, sha256) for path, samples, sha256 in entries]

@@ -60,15 +60,21 @@ def find_shard_set(place: str | Path) -> ShardSet:
         if root.name in manifest["splits"]:
             return ShardSet(root, manifest, {root.name: _listed(root.parent, root.name, manifest)})
     folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
-    splits = {folder.name: [SetShard(tar) for tar in tars_in(folder)] for folder in folders}
-    splits = {name: shards for name, shards in splits.items() if shards}
+    found = [(folder.name, tars) for folder in folders if (tars := tars_in(folder))]
+    splits = {name: [SetShard(tar) for tar in tars] for name, tars in found}
     if not splits:
         raise UserError(f"no shards matched: {place} holds neither tars nor a manifest; give another folder")
+    if len(splits) < len(found):
+        raise UserError(
+            f"{place} holds tars, and so does the folder {root.name} in it: two splits of one name; rename one of them"
+        )
     return ShardSet(root, None, splits)
 
 
 def _listed(folder: Path, split: str, manifest: dict[str, Any]) -> list[SetShard]:
     """The tars of a split that the manifest lists, and behind them those that it does not."""
+    if split in ("", ".", "..") or "/" in split:
+        raise UserError(f"{folder / MANIFEST_NAME} has a split {split!r}, which names no folder; pack the pairs again")
     try:
         entries = {folder / _inside(entry["path"], folder): entry for entry in manifest["splits"][split]["shards"]}
     except (KeyError, TypeError) as error:

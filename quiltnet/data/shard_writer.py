@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import tarfile
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing import parent_process
 from pathlib import Path
 
 from quiltnet.data.image_files import Images
@@ -21,6 +18,7 @@ from quiltnet.data.manifest import shard_entry
 from quiltnet.data.planning import PlannedShard, open_plan
 from quiltnet.data.row_table import RowTable
 from quiltnet.data.samples import Rejection, Sample, build_sample
+from quiltnet.data.worker_pool import leave_with_parent
 
 JOURNAL = "journal"
 SAMPLES_AT_ONCE = 1000  # rows of so many are in memory, however large a tar is
@@ -108,15 +106,8 @@ _writer: ShardWriter | None = None
 
 def start_worker(job: Job) -> None:
     global _writer
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once; what it was writing has no name yet
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    leave_with_parent()
     _writer = ShardWriter(job)
-
-
-def _leave_with_parent() -> None:
-    """A killed parent must not leave processes behind that write where its successor does."""
-    parent_process().join()
-    os._exit(1)
 
 
 def write_in_worker(number: int) -> ShardReport:

@@ -10,9 +10,12 @@ One sample per image and split: ``{key}.jpg`` (or png, ...: the bytes of the fil
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +24,7 @@ import numpy as np
 from quiltnet import __version__
 from quiltnet.data.image_files import Images
 from quiltnet.data.ledger import Totals, read_report
-from quiltnet.data.manifest import SCHEMA_VERSION, write_manifest
+from quiltnet.data.manifest import REJECTED_LIST, SCHEMA_VERSION, write_manifest
 from quiltnet.data.packing import carry_out, written
 from quiltnet.data.planning import LAYOUTS, PLAN_NAME, REJECTED_NAME, Plan, make_plan, open_plan
 from quiltnet.data.row_table import SUMMARY_NAME, Filter, RowSource, RowTable, write_rows
@@ -31,6 +34,7 @@ from quiltnet.errors import UserError
 
 # An image's size is asked of all files up to this number, and of so many of them beyond it.
 ESTIMATED_FROM, SAMPLED = 100_000, 20_000
+LISTED_AT_MOST = 1000  # rejected rows that are looked at to say what is wrong
 TAR_BYTES = 2560  # headers of two members, their padding, and the ids of a sample's json
 
 
@@ -106,7 +110,8 @@ def write_shards(
     options = _checked(
         {"layout": layout, "samples_per_shard": samples_per_shard, "seed": seed, "name": name, "source": source}
     )
-    with built_aside(out, _request(rows, images, filters, options), progress.say) as folder:
+    request = _request(rows, images, filters, options)
+    with built_aside(out, request, progress.say, overwrite=overwrite) as folder:
         work = folder / WORK
         _plan(rows, filters, work, options, progress)
         plan = open_plan(work)
@@ -196,26 +201,20 @@ def spell_bytes(size: int) -> str:
 def _finish(job: Job, plan: Plan, options: dict[str, Any]) -> dict[str, Any]:
     """Manifest and list of rejections, from the journal."""
     summary = RowTable(job.work).summary
-    totals = Totals()
+    totals = Totals(plan.splits)
     totals.rejected.update(plan.rejected)
     totals.rejected.update(summary.dropped)
-    splits: dict[str, Any] = {split: {"samples": 0, "captions": 0, "shards": []} for split in plan.splits}
-    with open(job.folder / "rejected.jsonl", "wb") as file:
+    with open(job.folder / REJECTED_LIST, "wb") as file:
         _append(job.work / REJECTED_NAME, file)
         for shard in plan.shards:
             report = read_report(job.report(shard))
             _append(job.rejected(shard), file)
             totals.add(report, shard.split, plan.images[shard.first : shard.end], plan.sources[shard.first : shard.end])
-            if report.entry is not None:
-                of_split = splits[shard.split]
-                of_split["samples"] += report.samples
-                of_split["captions"] += report.captions
-                of_split["shards"].append(report.entry)
     counts = totals.as_dict()
     if not counts["samples"]:
-        raise UserError(f"no pair is left to pack, rejected are {counts['rejected']}; check table and images")
-    for split in splits:
-        if (job.folder / split).is_dir() and not splits[split]["shards"]:
+        raise _nothing_left(job, counts["rejected"])
+    for split, entry in totals.splits.items():
+        if (job.folder / split).is_dir() and not entry["shards"]:
             (job.folder / split).rmdir()
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -225,10 +224,23 @@ def _finish(job: Job, plan: Plan, options: dict[str, Any]) -> dict[str, Any]:
         "samples_per_shard": options["samples_per_shard"],
         "layout": options["layout"],
         "totals": {**counts, "findings": {what: count for what, count in summary.findings.items() if count}},
-        "splits": splits,
+        "splits": totals.splits,
     }
     write_manifest(job.folder, manifest)
     return manifest
+
+
+def _nothing_left(job: Job, rejected: dict[str, int]) -> UserError:
+    """What is wrong with one row may be wrong with all: its path starts elsewhere, or is not spelt as here."""
+    with open(job.folder / REJECTED_LIST, encoding="utf-8") as file:
+        listed = list(map(json.loads, islice(file, LISTED_AT_MOST)))
+    usual, _ = Counter((line["reason"], line["detail"]) for line in listed).most_common(1)[0]
+    one = next(line for line in listed if (line["reason"], line["detail"]) == usual)
+    place = ", ".join(filter(None, (f"row {one['row']}", one["image_path"], one["detail"])))
+    rule = "; a path's folders are told apart by /" if "\\" in (one["image_path"] or "") else ""
+    return UserError(
+        f"no pair is left to pack, rejected are {rejected}, such as {usual[0]} ({place}); check table and images{rule}"
+    )
 
 
 def _append(path: Path, file: Any) -> None:

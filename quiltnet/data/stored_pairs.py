@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import tarfile
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from typing import Any
 from quiltnet.data.decoding import BrokenSample
 from quiltnet.data.pairs import image_id
 from quiltnet.data.shard_files import ShardFile
-from quiltnet.data.tar_index import TarIndex, cache_folder, ensure_index
+from quiltnet.data.tar_index import TarIndex, open_index
 from quiltnet.errors import UserError
 
 # npy: pixels as `quiltnet prepare --raw` keeps them.
@@ -47,6 +47,7 @@ class StoredPairs:
 
     Attributes:
         counts: samples of each shard.
+        identities: of each shard, by which another tar under its name is known.
         missing: number of samples, by shard, that a manifest promises and a tar lacks; at least 1 of a tar
             that breaks off where nothing says how many it held.
 
@@ -59,10 +60,12 @@ class StoredPairs:
         self.missing: dict[str, int] = {}
         self._files: list[tuple[str, str, int]] = []  # tar, index, time of the index
         self.counts: list[int] = []
+        self.identities: list[str] = []
         for number, shard in enumerate(self.shards):
             index = _open_shard(shard)
             self._files.append((str(shard.path), str(index.file), index.file.stat().st_mtime_ns))
             self.counts.append(len(index))
+            self.identities.append(index.identity)
             absent = _count_missing(shard, index)
             if absent > 0:
                 self.missing[str(shard.path)] = absent
@@ -90,9 +93,9 @@ class StoredPairs:
         shard = bisect_right(self._ends, number)
         try:
             index = _opened(*self._files[shard])
-        except OSError as error:  # deleted, as the tar it lay beside may be; keys are in it
+        except OSError as error:  # deleted or made anew, as its tar may be; keys are in it
             raise BrokenSample("unreadable_shard", self._files[shard][0]) from error
-        return index, number - self._ends[shard] + len(index)
+        return index, number - self._ends[shard] + self.counts[shard]
 
 
 def pair_from_members(key: str, members: Mapping[str, bytes], place: str) -> StoredPair:
@@ -123,7 +126,9 @@ def pair_from_members(key: str, members: Mapping[str, bytes], place: str) -> Sto
 
 @lru_cache(maxsize=OPEN_INDICES)
 def _opened(path: str, file: str, written: int) -> TarIndex:
-    """The index of a tar; ``written`` tells one that was made again from the one before."""
+    """The index of a tar. Raises OSError where it is not the one that was ``written`` then."""
+    if os.stat(file).st_mtime_ns != written:
+        raise OSError(f"{file} was made again: {path} is not the tar that it was")
     return TarIndex(Path(path), Path(file))
 
 
@@ -163,7 +168,7 @@ def _captions(record: dict[str, Any], txt: bytes) -> list[str]:
 
 
 def _open_shard(shard: ShardFile) -> TarIndex:
-    index = TarIndex(shard.path, _index_file(shard.path))
+    index = open_index(shard.path)
     if not len(index):
         raise UserError(f"{shard.path} is an empty tar; leave it out, or pack it again")
     if not any(_has_caption(index, sample) for sample in range(min(len(index), CAPTION_PROBE))):
@@ -172,20 +177,6 @@ def _open_shard(shard: ShardFile) -> TarIndex:
             f"its first sample {index.key(0)} has {', '.join(index.members(0))}"
         )
     return index
-
-
-def _index_file(tar: Path) -> Path:
-    try:
-        return ensure_index(tar)
-    except (tarfile.TarError, OSError) as error:
-        if str(cache_folder()) in str(getattr(error, "filename", None)):
-            raise UserError(
-                f"the index of {tar} cannot be kept in {cache_folder()} ({error}); "
-                "set QUILTNET_CACHE to a folder that can be written"
-            ) from error
-        raise UserError(
-            f"{tar} is not a tar that can be read ({error}); shards are uncompressed tars: gunzip a compressed one"
-        ) from error
 
 
 def _has_caption(index: TarIndex, sample: int) -> bool:

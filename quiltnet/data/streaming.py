@@ -53,10 +53,6 @@ class UnitStream:
         patience: with bad connections.
         report: told (stage, shard) now and then, from the thread that reads.
 
-    Attributes:
-        samples_per_epoch: N, over all units; None where it is not known.
-        unit_samples_per_epoch: of this unit alone.
-
     Raises:
         UserError: numbers that cannot be, more units than can be served, or a command that was not allowed.
     """
@@ -77,7 +73,6 @@ class UnitStream:
     ) -> None:
         _check(shards, seed, unit, units, shuffle_buffer, shards_at_once)
         self.shards = list(shards)
-        self.samples_per_epoch = self.unit_samples_per_epoch = None
         self._share = Share(seed, unit, units)
         self._shuffle_buffer = shuffle_buffer
         self._shards_at_once = shards_at_once
@@ -85,10 +80,6 @@ class UnitStream:
         self._allow_pipe = allow_pipe
         self._patience = patience or Patience()
         self._report = report
-        counts = [shard.samples for shard in self.shards]
-        if None not in counts:
-            low, high = self._share.slots(sum(counts))
-            self.samples_per_epoch, self.unit_samples_per_epoch = sum(counts), high - low
         open_source(self.shards[0].url, self._patience, allow_pipe=allow_pipe).close()
 
     def start(self, slot: int = 0) -> PairStream:

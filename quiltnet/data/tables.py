@@ -20,6 +20,7 @@ from quiltnet.data.row_table import FACT, map_distinct, row_batch
 from quiltnet.errors import UserError
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+TABLE_ENDINGS = (*SEPARATORS, ".parquet")
 
 # Texts that mean "nothing here", as pandas reads them.
 NULLS = [*pa.csv.ConvertOptions().null_values, "None", "<NA>"]
@@ -29,6 +30,7 @@ BLOCK_BYTES = 16 << 20
 PARQUET_ROWS = 10_000
 
 IDENTIFYING_BYTES = 1 << 20
+TAIL_BYTES = 1 << 10
 
 
 class TableSource:
@@ -130,22 +132,23 @@ def open_table(table: str | Path, encoding: str = "utf-8") -> tuple[list[str], I
     kind = path.suffix.lower()
     if not path.is_file():
         raise UserError(f"{path}: there is no such table; give the path of a csv, tsv or parquet file")
-    if kind not in (*SEPARATORS, ".parquet"):
-        raise UserError(f"{path}: tables are read by their ending, one of .csv, .tsv and .parquet; rename it")
+    if kind not in TABLE_ENDINGS:
+        raise UserError(f"{path}: tables are read by their ending, one of {', '.join(TABLE_ENDINGS)}; rename it")
     try:
         opened = pa.parquet.ParquetFile(path) if kind == ".parquet" else _open_csv(path, SEPARATORS[kind], encoding)
     except (ValueError, OSError, LookupError) as error:
         raise _unreadable(path, encoding, error) from error
     schema = opened.schema_arrow if kind == ".parquet" else opened.schema
     names = _distinct(schema.names)
-    batches = opened.iter_batches(PARQUET_ROWS) if kind == ".parquet" else opened
-    return names, _named(batches, names, path, encoding)
+    batches = _named(opened.iter_batches(PARQUET_ROWS) if kind == ".parquet" else opened, names, path, encoding)
+    return names, batches if kind == ".parquet" else _closed(batches, path)
 
 
 def require_columns(names: Sequence[str], table: str | Path, required: Sequence[str]) -> None:
     missing = [column for column in dict.fromkeys(required) if column not in names]
     if missing:
-        raise UserError(f"{table} has no column {', '.join(missing)}; its columns are {', '.join(names)}")
+        hint = "; columns are told apart by commas in a .csv, by tabs in a .tsv" if len(names) == 1 else ""
+        raise UserError(f"{table} has no column {', '.join(missing)}; its columns are {', '.join(names)}{hint}")
 
 
 def file_identity(path: Path) -> list[Any]:
@@ -188,6 +191,24 @@ def _named(batches: Iterator[pa.RecordBatch], names: list[str], path: Path, enco
             yield _plain_text(batch.rename_columns(names))
     except (pa.ArrowException, UnicodeError, OSError) as error:
         raise _unreadable(path, encoding, error) from error
+
+
+def _closed(batches: Iterator[pa.RecordBatch], path: Path) -> Iterator[pa.RecordBatch]:
+    """Arrow closes a quote that is open at the end of the file: all rows behind it would be the text of one cell."""
+    cell = None
+    for batch in batches:
+        cell = batch.column(batch.num_columns - 1)[-1].as_py() if len(batch) else cell
+        yield batch
+    if cell is None or "\n" not in cell:
+        return
+    with open(path, "rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - TAIL_BYTES, 0))
+        end = file.read().replace(b"\0", b"").rstrip()  # the zeros are those of UTF-16
+    if not end.endswith(b'"'):
+        raise UserError(
+            f"{path}: a quote is not closed, and the rows behind it were read as its text, which begins with "
+            f"{cell[:40]!r}; close it, and write a quote within a text twice"
+        )
 
 
 def _plain_text(batch: pa.RecordBatch) -> pa.RecordBatch:

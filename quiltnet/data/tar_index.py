@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import tarfile
 import tempfile
 from array import array
 from collections.abc import Container
@@ -21,11 +22,13 @@ import torch
 from safetensors.numpy import save_file
 
 from quiltnet.data.tar_members import TarMembers
+from quiltnet.errors import UserError
 
 # webdataset's convention: the key ends at the first dot of the base name, and keeps its folders.
 MEMBER_NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")
 
 FORMAT = "1"
+PIECE_BYTES = 1 << 26  # read at once: a damaged header may announce more than there is memory for
 IDENTIFYING_BYTES = 16_384  # at the front and at the end: a tar's own end mark can have 10,240
 
 
@@ -126,9 +129,32 @@ def ensure_index(tar: Path) -> Path:
 
     Raises:
         tarfile.ReadError: it is no uncompressed tar.
-        OSError: it cannot be read, or the cache cannot be written.
+        OSError: it cannot be read.
+        UserError: the cache cannot be written.
     """
-    return find_index(tar) or _build(tar, _cached(tar))
+    found = find_index(tar)
+    if found is None:
+        try:
+            cache_folder().joinpath("index").mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=cache_folder() / "index"):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"indices of tars cannot be kept in {cache_folder()} ({error.strerror}); "
+                "set QUILTNET_CACHE to a folder that can be written"
+            ) from error
+        found = _build(tar, _cached(tar))
+    return found
+
+
+def open_index(tar: Path) -> TarIndex:
+    """The index of ``tar``, made where there is none. Raises UserError where it is no tar that can be read."""
+    try:
+        return TarIndex(tar, ensure_index(tar))
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(
+            f"{tar} is not a tar that can be read ({error}); shards are uncompressed tars: gunzip a compressed one"
+        ) from error
 
 
 def cache_folder() -> Path:
@@ -213,10 +239,10 @@ def _view(mapped: np.ndarray, begin: int, entry: dict) -> np.ndarray:
 
 
 def _read_exactly(descriptor: int, size: int, offset: int) -> bytes:
-    data = os.pread(descriptor, size, offset)
+    data = os.pread(descriptor, min(size, PIECE_BYTES), offset)
     # A network file system may return part of what is there; only an empty answer is the end of the file.
     while len(data) < size:
-        more = os.pread(descriptor, size - len(data), offset + len(data))
+        more = os.pread(descriptor, min(size - len(data), PIECE_BYTES), offset + len(data))
         if not more:
             raise EOFError(f"the file ends {size - len(data)} bytes early")
         data += more

@@ -6,9 +6,12 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
+
+# What tarfile raises on damaged headers; all but the first are of its parsing of extended ones.
+DAMAGE = (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError, MemoryError)
 
 # Records of an extended header that say something about where a member lies, or what it is.
 TELLING_RECORDS = (b" path=", b" size=", b" GNU.sparse", b" hdrcharset=")
@@ -40,10 +43,11 @@ class TarMembers:
         self.is_truncated = False
 
     def __iter__(self) -> Iterator[Member]:
-        with open(self.path, "rb") as file, tarfile.open(fileobj=file, mode="r:", errors="replace") as tar:
+        with open(self.path, "rb") as file, _open_tar(file) as tar:
             tar.next()  # read when the file was opened; it comes again below
             descriptor, offset = file.fileno(), 0
-            while True:
+            end = os.fstat(descriptor).st_size
+            while offset < end:
                 header = os.pread(descriptor, BLOCK, offset)
                 size = None if tar.pax_headers else _ordinary_size(header)
                 if size is not None:
@@ -58,7 +62,7 @@ class TarMembers:
                     if member.isreg() and not member.issparse():
                         yield Member(member.name, member.offset_data, member.size)
             # The end is a block of zeros; anything else is a header that was cut or damaged.
-            self.is_truncated = os.pread(descriptor, BLOCK, offset) != bytes(BLOCK)
+            self.is_truncated = offset >= end or os.pread(descriptor, BLOCK, offset) != bytes(BLOCK)
 
 
 def _ordinary_size(header: bytes) -> int | None:
@@ -103,16 +107,24 @@ def _idle_extension(descriptor: int, header: bytes, offset: int) -> int:
     return BLOCK + _padded(size)
 
 
+def _open_tar(file: BinaryIO) -> tarfile.TarFile:
+    try:
+        return tarfile.open(fileobj=file, mode="r:", errors="replace")
+    except DAMAGE as error:
+        raise tarfile.ReadError(str(error) or type(error).__name__) from error
+
+
 def _next_by_tarfile(tar: tarfile.TarFile, offset: int) -> tuple[tarfile.TarInfo | None, int]:
     """(member or None at the end, offset of what follows)"""
     tar.offset = offset
     tar.fileobj.seek(offset)
     try:
         member = tar.next()
-    except tarfile.ReadError:  # cut in the middle of an extended header, or of what it announces
+    except DAMAGE:  # cut in the middle of an extended header, or of what it announces
         return None, offset
     tar.members.clear()  # tarfile would keep a kilobyte for each
-    return (None, offset) if member is None else (member, tar.offset)
+    # A damaged size can lead back, again and again, or further than a file can reach.
+    return (member, tar.offset) if member is not None and offset < tar.offset < 1 << 63 else (None, offset)
 
 
 def _padded(size: int) -> int:

@@ -17,8 +17,12 @@ CHUNK_BYTES = 20 * tarfile.BLOCKSIZE  # that tarfile reads at once
 # A header may announce any size. No tile is a quarter of a GiB; what claims to be is passed over unread.
 MAX_MEMBER_BYTES = 1 << 28
 
-# What tarfile and zlib raise on damaged bytes; the last three are tarfile's parsing of extended headers.
-DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, IndexError, OverflowError)
+# What tarfile and zlib raise on damaged bytes; from ValueError on, by tarfile's parsing of extended headers.
+DAMAGE = (
+    tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, IndexError, OverflowError, RecursionError
+)  # fmt: skip
+
+READS_PAST_END = 16  # tarfile passes over what a header announces by reading it, though the stream has ended
 
 
 @dataclass
@@ -130,10 +134,14 @@ class _Chunks:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._tail = b""
+        self._reads_past_end = 0
         self.end = 0
 
     def read(self, size: int) -> bytes:
         data = self._file.read(size)
+        self._reads_past_end = 0 if data else self._reads_past_end + 1
+        if self._reads_past_end > READS_PAST_END:
+            raise EOFError("the stream has ended")
         self._tail = (self._tail + data)[-2 * CHUNK_BYTES :]
         self.end += len(data)
         return data

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 PATIENCE_S = 60.0
+FIRST_PATIENCE_S = 10.0  # the first batch may wait for a shuffle buffer to fill, and who waits wants to see it
 TEXT_BYTES = 240
 
 
@@ -19,27 +20,42 @@ class StageBoard:
     """One line for each loader process, in memory that they share: what it does, and since when."""
 
     def __init__(self, workers: int) -> None:
-        self._lines = torch.zeros((max(workers, 1), TEXT_BYTES), dtype=torch.uint8).share_memory_().numpy()
-        self._times = torch.zeros(max(workers, 1), dtype=torch.float64).share_memory_().numpy()
+        # As tensors they stay shared with a process that is spawned; arrays would be copied.
+        self._lines = torch.zeros((max(workers, 1), TEXT_BYTES), dtype=torch.uint8).share_memory_()
+        self._times = torch.full((max(workers, 1),), time.monotonic(), dtype=torch.float64).share_memory_()
 
     def write(self, worker: int, stage: str) -> None:
         line = stage.encode("utf-8", "replace")[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")
-        self._lines[worker] = np.frombuffer(line, np.uint8)
-        self._times[worker] = time.monotonic()
+        self._lines.numpy()[worker] = np.frombuffer(line, np.uint8)
+        self._times.numpy()[worker] = time.monotonic()
 
     def read(self) -> list[tuple[str, float]]:
         """(stage, seconds since it began) of each process."""
         now = time.monotonic()
-        stages = [line.tobytes().rstrip(b"\0").decode("utf-8", "replace") for line in self._lines]
-        return [(stage or "starting", now - begun) for stage, begun in zip(stages, self._times, strict=True)]
+        stages = [line.tobytes().rstrip(b"\0").decode("utf-8", "replace") for line in self._lines.numpy()]
+        return [(stage or "starting", now - begun) for stage, begun in zip(stages, self._times.tolist(), strict=True)]
 
 
 class Watchdog:
-    """While a batch is waited for longer than ``patience_s``, tells on stderr what every loader process is at."""
+    """While a batch is waited for longer than ``patience_s``, tells on stderr what every loader process is at.
 
-    def __init__(self, board: StageBoard, patience_s: float = PATIENCE_S) -> None:
+    Args:
+        first_patience_s: the same, for the first batch.
+        who: the rank, where there are several, as a word in front of what is told.
+    """
+
+    def __init__(
+        self,
+        board: StageBoard,
+        patience_s: float = PATIENCE_S,
+        *,
+        first_patience_s: float = FIRST_PATIENCE_S,
+        who: str = "",
+    ) -> None:
         self._board = board
-        self._patience_s = patience_s
+        self._later_patience_s = patience_s
+        self._patience_s = min(patience_s, first_patience_s)
+        self._who = who
         self._since: float | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="loader-watchdog", daemon=True)
@@ -52,6 +68,7 @@ class Watchdog:
             yield
         finally:
             self._since = None
+            self._patience_s = self._later_patience_s
 
     def close(self) -> None:
         self._closed.set()
@@ -72,4 +89,4 @@ class Watchdog:
             f"\n  loader {worker}: {stage}, for {seconds:.0f} s"
             for worker, (stage, seconds) in enumerate(self._board.read())
         )
-        print(f"no batch for {waited_s:.0f} s{stages}", file=sys.stderr, flush=True)
+        print(f"{self._who}no batch for {waited_s:.0f} s{stages}", file=sys.stderr, flush=True)

@@ -1,10 +1,11 @@
-"""Tasks over processes: results in order, few tasks ahead, and no process more where one is enough."""
+"""Tasks over processes: results in order, few tasks ahead, and no process that outlives the one that started it."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +33,7 @@ def map_tasks(function: Callable[[Task], Result], tasks: Iterable[Task], workers
         return
     # Spawned, not forked: this process has threads by now (torch's, a progress bar's), whose locks a fork would keep.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker)
     try:
         ahead: deque = deque()
         for task in tasks:
@@ -49,9 +50,28 @@ def map_tasks(function: Callable[[Task], Result], tasks: Iterable[Task], workers
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    # A terminal sends Ctrl-C to all processes. The main one ends the workers; a traceback of each helps nobody.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_with_parent() -> None:
+    """Called by a worker process, once.
+
+    Ctrl-C, which a terminal sends to all processes, ends it at once; so does the end of its parent, even a killed one:
+    a process that is left behind would write where the successor of its parent does.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_watch_parent, daemon=True).start()
+
+
+def available_cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _watch_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _prepare_worker() -> None:
+    leave_with_parent()
     # The processes are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch

@@ -15,7 +15,8 @@ from typing import Any, TextIO
 from quiltnet.data.manifest import MANIFEST_NAME, read_manifest
 from quiltnet.errors import UserError
 
-WORK, REQUEST_NAME, LOCK_NAME = "work", "request.json", "lock"
+# No split can be called so: their folders are made beside it.
+WORK, REQUEST_NAME, LOCK_NAME = ".work", "request.json", "lock"
 
 
 def check_target(out: str | Path, *, overwrite: bool, source: dict[str, Any] | None = None) -> None:
@@ -24,6 +25,8 @@ def check_target(out: str | Path, *, overwrite: bool, source: dict[str, Any] | N
     source: what would be packed, for the message.
     """
     out = Path(out).expanduser()
+    if os.path.ismount(out):
+        raise UserError(f"{out} is a mount point, and cannot be replaced by a finished set; give a folder in it")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     is_set = (out / MANIFEST_NAME).is_file()
@@ -41,7 +44,7 @@ def check_target(out: str | Path, *, overwrite: bool, source: dict[str, Any] | N
 
 
 @contextmanager
-def built_aside(out: Path, request: Any, say: Callable[[str], None]) -> Iterator[Path]:
+def built_aside(out: Path, request: Any, say: Callable[[str], None], *, overwrite: bool = False) -> Iterator[Path]:
     """``out.partial``, to build in, with what the same ``request`` has left there.
 
     When the block ends well, the folder takes the name ``out`` (and what had it goes). When it does not, it stays for
@@ -49,19 +52,21 @@ def built_aside(out: Path, request: Any, say: Callable[[str], None]) -> Iterator
 
     Args:
         request: JSON that differs wherever the result would; None for one that cannot be recognised.
+        overwrite: a shard set at ``out`` may be replaced.
 
     Raises:
-        UserError: the folder cannot be made, somebody else is at work there, or the disk is full.
+        UserError: the folder cannot be made, somebody else is at work there, the disk is full, or somebody has used
+            ``out`` meanwhile.
     """
-    partial, replaced = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.replaced")
+    partial = partial_of(out)
     try:
-        shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed
-        lock = _claim(partial, request, say)
+        lock = _claim(out, request, say)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); give a folder that can") from error
     with lock:
         try:
             yield partial
+            check_target(out, overwrite=overwrite)
         except BaseException as error:
             if request is None or (isinstance(error, UserError) and not any(partial.glob("*/*.tar"))):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -69,14 +74,28 @@ def built_aside(out: Path, request: Any, say: Callable[[str], None]) -> Iterator
                 raise UserError(f"{out}: the disk is full; make room, and the same command continues") from error
             raise
         if out.exists():
-            out.rename(replaced)
+            out.rename(partial / WORK / "replaced")
         partial.rename(out)
         shutil.rmtree(out / WORK, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _claim(partial: Path, request: Any, say: Callable[[str], None]) -> TextIO:
+def partial_of(out: Path) -> Path:
+    """Where the set at ``out`` is built."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def is_begun(out: Path, request: Any) -> bool:
+    """Whether a run with the same ``request`` has left something to go on with."""
+    try:
+        recorded = (partial_of(out) / WORK / REQUEST_NAME).read_text(encoding="utf-8")
+        return request is not None and json.loads(recorded) == json.loads(json.dumps(request))
+    except (OSError, ValueError):
+        return False
+
+
+def _claim(out: Path, request: Any, say: Callable[[str], None]) -> TextIO:
     """Make the folder, or take it over; the open file that is returned keeps others out of it."""
+    partial = partial_of(out)
     work = partial / WORK
     if partial.exists() and any(partial.iterdir()) and not work.is_dir():
         raise UserError(f"{partial} is in the way, and not what packing leaves behind; move it away")
@@ -88,7 +107,7 @@ def _claim(partial: Path, request: Any, say: Callable[[str], None]) -> TextIO:
         lock.close()
         raise UserError(f"another process is packing into {partial}; wait for it, or give another folder") from error
     recorded = work / REQUEST_NAME
-    if request is None or not _is_recorded(recorded, request):
+    if not is_begun(out, request):
         if recorded.is_file():
             say(f"{partial} was left by another request or an older table; starting over")
         _clear(partial, {work})
@@ -96,13 +115,6 @@ def _claim(partial: Path, request: Any, say: Callable[[str], None]) -> TextIO:
         recorded.with_suffix(".partial").write_text(json.dumps(request), encoding="utf-8")
         os.replace(recorded.with_suffix(".partial"), recorded)
     return lock
-
-
-def _is_recorded(path: Path, request: Any) -> bool:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(request))
-    except (OSError, ValueError):
-        return False
 
 
 def _clear(folder: Path, kept: set[Path]) -> None:

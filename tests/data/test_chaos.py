@@ -26,9 +26,10 @@ from quiltnet.data.held_out import ShardPairs
 from quiltnet.data.manifest import read_manifest
 from quiltnet.data.pairs import caption_id, id_to_int64
 from quiltnet.data.prepared_images import PreparedForm
-from quiltnet.data.prepared_shards import open_index, prepare_sample
+from quiltnet.data.prepared_shards import prepare_sample
 from quiltnet.data.reading import PairLoader, build_loader
 from quiltnet.data.shard_cache import ShardCache
+from quiltnet.data.tar_index import open_index
 from quiltnet.data.transforms import TrainTransform
 from quiltnet.errors import UserError
 from quiltnet.model.tokenizer import BatchTokenizer, bpe_tokenizer

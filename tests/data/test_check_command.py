@@ -82,6 +82,15 @@ def test_foreign_tars_and_a_single_one(tmp_path):
     assert run("data", tar, "--workers", 1)[0] == 0 and (tar.parent / "check-0").is_dir()
 
 
+def test_lines_are_whole_and_names_as_they_are(folder, tmp_path):
+    images = tmp_path / f"an evaluation set with a name that is long {'x' * 60}"
+    images.mkdir()
+    (images / "a.png").write_bytes(encoded(tissue(2), "PNG"))
+    _, output = run("data", folder, "--against", images, "--out", tmp_path / "new [old]", "--workers", 1)
+    assert f"leaks {images.name} in train" in output and f"report: {tmp_path}/new [old]\n" in output
+    assert run("data", folder, "--examples", -1)[0] == 2
+
+
 def test_whose_tokeniser_counts(folder, tmp_path):
     model = tiny_model()  # 12 tokens
     write_description(model, tmp_path / "run" / "model")
@@ -101,6 +110,7 @@ def test_whose_tokeniser_counts(folder, tmp_path):
         (["--max-broken", 3], "--max-broken 3.0 is not a share"),
         (["--max-leaks", -2], "--max-leaks -2 is not a number of images"),
         (["--against", "nowhere"], "--against nowhere: there is nothing"),
+        (["--out", "/proc/check"], "/proc/check cannot be written .*; choose another place with --out"),
     ],
 )
 def test_mistakes_are_told(folder, arguments, message):

@@ -44,6 +44,17 @@ def test_names_that_are_not_text(tmp_path):
     assert counts(check)["leaks eval in train"] == 1 and counts(check)["broken"] == 1
 
 
+def test_an_image_that_can_no_longer_be_read_is_named(tmp_path):
+    (tmp_path / "eval").mkdir()
+    image = tmp_path / "eval" / "a.jpg"
+    image.write_bytes(JPEGS[0])
+    check = check_data(write_set(tmp_path / "set", {"train": [good(0)]}), against=[str(tmp_path / "eval")])
+    image.unlink()
+    image.symlink_to("/proc/self/mem")  # a file whose first byte is an error
+    examples = write_report(check, tmp_path / "out")["findings"]["leaks eval in train"]["examples"]
+    assert examples[0]["key"] == str(image) and examples[0]["copy_of"]["key"] == "tile0"
+
+
 def test_examples_are_spread():
     assert spread(np.arange(1000), 5).tolist() == [0, 249, 499, 749, 999]
     assert spread(np.arange(3), 5).tolist() == [0, 1, 2]

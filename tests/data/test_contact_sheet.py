@@ -82,5 +82,11 @@ def test_labels_stay_in_their_column():
     assert (sheet[label, gap] == 255).all() and (sheet[label, MARGIN : MARGIN + SIDE] < 128).any()
 
 
+def test_a_name_of_a_megabyte_is_cut_at_once():
+    names = [Panel(None, f"{'k' * 1_000_000}end"), Panel(None, "k" * 99 + "end")]
+    one, other = (np.asarray(draw_contact_sheet([Band("a", "", [[name]])])) for name in names)
+    assert (one == other).all()
+
+
 def test_nothing_to_show():
     assert draw_contact_sheet([]).height == 2 * MARGIN + TITLE_HEIGHT

@@ -73,6 +73,15 @@ def test_fast_jpeg_has_the_pixels_of_pillow(subsampling, quality, progressive):
     assert np.abs(fast.astype(int) - exact).max() <= 1
 
 
+@pytest.mark.parametrize("sampling", [0x11, 0x12, 0x14, 0x21, 0x22, 0x41, 0x13, 0x42])
+def test_every_way_of_subsampling_is_pillows(sampling):
+    """4:4:1 (0x14) has no name in simplejpeg, which raises a KeyError; others libjpeg-turbo's interface refuses."""
+    data = bytearray(encode(draw_image(1, 64, 64), subsampling=0))
+    data[data.index(b"\xff\xc0") + 11] = sampling  # of luma; the pixels become other ones, for both decoders
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.abs(decode_image(bytes(data)).astype(int) - expected).max() <= 2
+
+
 MODES = {
     "JPEG": ["RGB", "L", "1", "CMYK"],
     "PNG": ["RGB", "L", "1", "P", "RGBA", "LA"],

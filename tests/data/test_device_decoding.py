@@ -90,6 +90,25 @@ def test_what_the_device_refuses_is_decoded_on_the_cpu(monkeypatch):
     assert broken == [] and (batch.int() - called(transform, FILES)).abs().max() <= 1
 
 
+def test_one_file_that_the_device_refuses_does_not_send_the_others_to_the_cpu(monkeypatch):
+    _, tiles = planned([FILES[n % 4] for n in range(40)], image_size=48)
+    refused, decode, on_cpu = tiles[29].data, device_decoding._decode_jpegs, []
+
+    def refuse(files, device):
+        if any(data is refused for data in files):
+            raise RuntimeError("nvjpegDecodeBatched failed: 4")
+        return decode(files, device)
+
+    decoder = DeviceDecoder("cpu", 48)
+    expected, _ = decoder(tiles)
+    alone = decoder._decode_alone
+    monkeypatch.setattr(device_decoding, "_decode_jpegs", refuse)
+    monkeypatch.setattr(decoder, "_decode_alone", lambda data: on_cpu.append(data) or alone(data))
+    batch, broken = decoder(tiles)
+    assert broken == [] and [data is refused for data in on_cpu] == [True]
+    assert torch.equal(batch, expected)
+
+
 def test_a_box_outside_of_what_was_decoded_is_broken(monkeypatch):
     """A decoder that answers with another size than the header said."""
     _, tiles = planned(FILES[:2], image_size=48)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 
 from quiltnet.data.checking import check_data
@@ -39,3 +40,31 @@ def test_bad_tables_of_labels(tmp_path, content, message):
     (tmp_path / "labels.csv").write_text(content)
     with pytest.raises(UserError, match=message):
         check_data(write_set(tmp_path / "set", {"train": [good(0)]}), against=[str(tmp_path / "labels.csv")])
+
+
+def test_a_parquet_table_and_linked_folders(tmp_path):
+    folder = write_set(tmp_path / "set", {"train": [good(0, 1, 2)]})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "a.JPG").write_bytes(JPEGS[0])
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "class").symlink_to(elsewhere)
+    table = elsewhere / "labels.parquet"
+    pd.DataFrame({"filename": ["a.JPG", "a.JPG"], "label": [0, 1]}).to_parquet(table)
+    check = check_data(folder, against=[str(table), str(tmp_path / "eval")])
+    assert [f.of for f in check.findings if f.name.startswith("leaks")] == [1, 1]
+    assert counts(check) == {"leaks labels.parquet in train": 1, "leaks eval in train": 1}
+
+
+def test_an_evaluation_set_that_is_called_like_a_split(tmp_path, monkeypatch):
+    folder = write_set(tmp_path / "set", {"train": [good(0, 1, 2)], "val": []})
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "a.jpg").write_bytes(JPEGS[0])
+    monkeypatch.chdir(tmp_path)
+    assert counts(check_data(folder, against=["val", "./val/"])) == {f"leaks {tmp_path}/val in train": 1}
+
+
+def test_a_file_that_is_no_set(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(JPEGS[0])
+    with pytest.raises(UserError, match=r"is no table \(.csv, .tsv, .parquet\) and no .tar; give one of them"):
+        check_data(write_set(tmp_path / "set", {"train": [good(0)]}), against=[str(tmp_path / "a.jpg")])

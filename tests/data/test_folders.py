@@ -97,3 +97,17 @@ def test_without_folders_of_splits(root, tmp_path):
 def test_no_folder(root):
     with pytest.raises(UserError, match="is no folder; give one of images"):
         folder_source(root)
+
+
+def test_links_are_followed_and_endings_have_any_case(root, tmp_path):
+    write(tmp_path / "elsewhere", **{"x.JPG": b"", "x.TXT": "Linked.", "x.Json": {"stain": "H&E"}})
+    write(root, **{"val/y.jpg": b"", "val/z.jpg": b""})
+    (root / "train").symlink_to(tmp_path / "elsewhere")
+    (root / "val" / "again").symlink_to(root)  # leads back
+    (root / "val" / "y.txt").symlink_to("nowhere")
+    (root / "val" / "z.txt").symlink_to("z.txt")
+    assert rows_of(root, tmp_path) == [
+        PairRow(0, "train/x.JPG", "Linked.", "train", "train/x.JPG", {"stain": "H&E"}),
+        PairRow(1, "val/y.jpg", None, "val", "val/y.jpg", {}, "unreadable_text"),
+        PairRow(2, "val/z.jpg", None, "val", "val/z.jpg", {}, "unreadable_text"),
+    ]

@@ -61,3 +61,17 @@ def test_names_with_braces_and_brackets(tmp_path):
     path = tmp_path / "odd{.tar"
     path.write_bytes(b"")
     assert find_files([path], (".tar",), "") == [path]
+
+
+def test_zips_with_capitals_behind_links_and_beside_a_folder_called_zip(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    write_zip(tmp_path / "elsewhere" / "b.Zip")
+    folder = tmp_path / "zips"
+    folder.mkdir()
+    write_zip(folder / "A.ZIP")
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    (folder / "again").symlink_to(folder)
+    assert find_images([folder]).zips == [folder / "A.ZIP", folder / "more" / "b.Zip"]
+    assert find_images([f"{folder}/*"]).zips == [folder / "A.ZIP"]
+    (tmp_path / "images" / "zip").mkdir(parents=True)
+    assert isinstance(find_images([tmp_path / "images"]), ImageFolder)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from quiltnet.data.manifest import read_manifest, shard_entry, write_manifest
+from quiltnet.data.manifest import read_manifest, shard_entry, tars_in, write_manifest
 from quiltnet.errors import UserError
 
 
@@ -32,16 +32,24 @@ def test_manifest_of_an_older_version(tmp_path):
     manifest = read_manifest(tmp_path)
     assert manifest["schema_version"] == 2
     assert manifest["splits"] == old["splits"]
-    assert manifest["totals"] == {"rows": 3, "samples": 1, "sources": None, "caption_words": {}, "image_sizes": {}}
+    unknown = {"sources": None, "caption_words": {}, "image_sizes": {}, "findings": {}}
+    assert manifest["totals"] == {"rows": 3, "samples": 1, **unknown}
 
 
 def test_a_manifest_is_whole_or_as_it_was(tmp_path):
-    whole = {"schema_version": 2, "splits": {}, "totals": {"sources": 1, "caption_words": {}, "image_sizes": {}}}
+    totals = {"sources": 1, "caption_words": {}, "image_sizes": {}, "findings": {}}
+    whole = {"schema_version": 2, "source": {"images": ["cafe\N{COMBINING ACUTE ACCENT}", "caf\udce9"]}}
+    whole |= {"splits": {}, "totals": totals}
     write_manifest(tmp_path, whole)
     assert read_manifest(tmp_path) == whole
     with pytest.raises(TypeError):
         write_manifest(tmp_path, {**whole, "creator": object()})
     assert read_manifest(tmp_path) == whole
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be listed .*; make it readable"):
+        tars_in(tmp_path / "gone")
 
 
 def test_entry_of_a_tar(tmp_path):

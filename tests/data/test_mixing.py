@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -52,9 +53,33 @@ def test_weighted_sources_are_gone_through_evenly():
 def test_counts_are_those_of_the_stream():
     mixture = Mixture({"a": 50, "b": 70}, {"a": 0.1, "b": 0.9}, seed=4)
     sources = mixture.sources(mixture.numbers(range(BLOCK + 500)))
-    for position in (0, 1, 777, BLOCK, BLOCK + 500):
+    for position in (0, 1, 777, BLOCK, BLOCK + 499, BLOCK + 500, 3, BLOCK - 1, BLOCK + 2):  # as a log asks, and not
         counted = np.bincount(sources[:position], minlength=2).tolist()
         assert mixture.counts(position) == {"a": counted[0], "b": counted[1]}
+
+
+def test_counting_goes_on_from_where_it_was(monkeypatch):
+    """A line of the log must not work out the whole epoch so far."""
+    mixture = Mixture({"a": 300_000, "b": 100_000}, None, seed=4)
+    mixture.counts(250_000)
+    asked = []
+    numbers = mixture.numbers
+    monkeypatch.setattr(mixture, "numbers", lambda positions: asked.append(len(positions)) or numbers(positions))
+    counts = mixture.counts(250_100)
+    assert asked == [100]
+    expected = np.bincount(mixture.sources(numbers(range(250_100)))).tolist()
+    assert list(counts.values()) == expected
+
+
+def test_what_was_seen_of_a_large_set_needs_little_memory():
+    mixture = Mixture({"a": 2_000_000}, {"a": 1}, seed=2)  # 16 MB as positions, and several times that on the way
+    tracemalloc.start()
+    try:
+        seen = mixture.seen(1_500_000)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert seen.sum() == 1_500_000 and peak < 12e6
 
 
 @pytest.mark.parametrize("weights", [None, {"a": 1, "b": 3}])
@@ -75,8 +100,10 @@ def test_span_is_the_source_of_a_sample():
     ("weights", "message"),
     [
         ({"a": 1}, r"weights are given for \['a'\], sources are \['a', 'b'\]"),
-        ({"a": 1, "b": 0}, "must be above 0"),
-        ({"a": 1, "b": float("nan")}, "must be above 0"),
+        ({"a": 1, "b": 0}, "must be numbers above 0"),
+        ({"a": 1, "b": float("nan")}, "must be numbers above 0"),
+        ({"a": 1, "b": float("inf")}, "must be numbers above 0"),
+        ({"a": 1, "b": "three"}, "must be numbers above 0"),
         ({"a": 1, "b": 1e-6}, "less than 1 in 65536"),
     ],
 )

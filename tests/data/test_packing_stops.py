@@ -107,7 +107,7 @@ def test_killed_at_any_point_it_goes_on(table, tmp_path, workers, points):
     for done in points:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
-        while len(list(partial.glob("work/journal/*.json"))) < done or not list(partial.glob("*/*.tar*")):
+        while len(list(partial.glob(".work/journal/*.json"))) < done or not list(partial.glob("*/*.tar*")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
@@ -226,7 +226,7 @@ def test_a_mistake_at_the_door_leaves_nothing(table, tmp_path):
 
 def test_one_at_a_time(table, tmp_path):
     partial = interrupted(table, tmp_path / "out")
-    with open(partial / "work" / "lock") as lock:
+    with open(partial / ".work" / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is packing into"):
             pack(table, tmp_path / "out")
@@ -277,7 +277,7 @@ def test_ctrl_c(tmp_path):
         list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     deadline = time.monotonic() + 120
-    while not list(partial.glob("work/journal/*.json")):
+    while not list(partial.glob(".work/journal/*.json")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
@@ -290,3 +290,36 @@ def test_ctrl_c(tmp_path):
     totals = read_manifest(out)["totals"]
     assert (totals["samples"], totals["rejected"]) == (100, {})
     assert json.loads((out / "manifest.json").read_text())["totals"]["image_sizes"]["width"]["max"] == 1000
+
+
+def test_a_target_that_is_used_meanwhile_is_left_alone(table, tmp_path):
+    out = tmp_path / "out"
+
+    def somebody_writes_there(data):
+        out.mkdir(exist_ok=True)
+        (out / "thesis.tex").write_text("chapter 1")
+        return find_defect(data)
+
+    with pytest.raises(UserError, match="exists already; give another folder"):
+        pack(table, out, check_image=somebody_writes_there)
+    assert (out / "thesis.tex").read_text() == "chapter 1"
+    out.rename(tmp_path / "thesis")
+    told = Told()
+    pack(table, out, progress=told)
+    assert told.said == ["continuing: 14 of 14 tars are there"]
+
+
+def test_overwriting_leaves_what_is_beside_the_target(table, tmp_path):
+    pack(table, tmp_path / "out")
+    beside = tmp_path / "out.replaced" / "mine"
+    beside.parent.mkdir()
+    beside.write_text("mine")
+    pack(table, tmp_path / "out", seed=1, overwrite=True)
+    assert read_manifest(tmp_path / "out")["seed"] == 1 and beside.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "out", "out.replaced", "pairs.csv"}
+
+
+def test_a_mount_point_is_no_target(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
+    with pytest.raises(UserError, match=r"out is a mount point, .*; give a folder in it"):
+        pack(table, tmp_path / "out")

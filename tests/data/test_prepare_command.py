@@ -64,6 +64,21 @@ def test_what_is_prepared_passes_the_check(source, tmp_path, options):
     assert report["findings"]["leaks source in train"]["count"] == 2  # the images are still recognised
 
 
+def test_ctrl_c_says_what_goes_on(source, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quiltnet.data.preparing._manifest", stop)
+        result = CliRunner().invoke(app, [str(source), str(tmp_path / "out"), "--workers", "1"])
+    assert result.exit_code == 130 and "out.partial, and the same command continues" in result.output
+    assert "1 of them are finished, from a run that was stopped" in run(source, tmp_path / "out")
+
+
+def test_names_are_shown_as_they_are(source, tmp_path):
+    assert f"shards: {tmp_path}/new [old]\n" in run(source, tmp_path / "new [old]")
+
+
 def test_mistakes_are_told(source, tmp_path):
     with pytest.raises(UserError, match="--raw keeps no JPEG, and --jpeg 80 asks for one"):
         run(source, tmp_path / "out", "--raw", "--jpeg", 80)

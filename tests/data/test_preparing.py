@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from quiltnet.data import preparing
-from quiltnet.data.manifest import read_manifest, sha256_of
+from quiltnet.data.manifest import read_manifest, sha256_of, write_manifest
 from quiltnet.data.prepared_images import PreparedForm
 from quiltnet.data.preparing import plan_preparing, prepare_shards
 from quiltnet.data.shard_files import ShardFile, resolve_shards
@@ -293,3 +293,52 @@ def test_what_is_no_tar(tmp_path):
     (tmp_path / "source" / "a.tar").write_bytes(b"\x1f\x8b" + bytes(2000))
     with pytest.raises(UserError, match="is not a tar that can be read"):
         plan_preparing(tmp_path / "source", tmp_path / "out", PreparedForm(64))
+
+
+def test_folders_may_have_any_name_but_that_of_the_work(tmp_path):
+    source = write_tar(tmp_path / "work" / "00.tar", sample(0)).parent
+    out = prepared(source, tmp_path / "out")
+    assert resolve_shards(out / "work")[0].samples == 1 and len(read_tar(out / "work" / "00.tar")) == 2
+    source.rename(tmp_path / ".work")
+    with pytest.raises(UserError, match=r"a split cannot be called \.work, as the folder .* is; rename it"):
+        plan_preparing(tmp_path / ".work", tmp_path / "other", PreparedForm(64))
+
+
+@pytest.mark.parametrize("split", ["../../outside", "..", ".", "", "a/b"])
+def test_no_split_leads_out_of_the_set(source, tmp_path, split):
+    manifest = read_manifest(source)
+    manifest["splits"][split] = manifest["splits"].pop("val")
+    write_manifest(source, manifest)
+    with pytest.raises(UserError, match="which names no folder; pack the pairs again"):
+        plan_preparing(source, tmp_path / "deep" / "er" / "out", PreparedForm(64))
+
+
+def test_a_manifest_that_lists_no_shard(source, tmp_path):
+    manifest = read_manifest(source)
+    manifest["splits"] = {"train": {"samples": 0, "captions": 0, "shards": []}}
+    write_manifest(source, manifest)
+    with pytest.raises(UserError, match="has no shards: its manifest lists none"):
+        plan_preparing(source, tmp_path / "out", PreparedForm(64))
+
+
+def test_tars_in_a_folder_and_in_one_of_the_same_name_in_it(tmp_path):
+    write_tar(tmp_path / "train" / "0.tar", sample(0))
+    (tmp_path / "train" / "train").mkdir()
+    assert plan_preparing(tmp_path / "train", tmp_path / "out", PreparedForm(64)).tasks[0].split == "train"
+    write_tar(tmp_path / "train" / "train" / "1.tar", sample(1))
+    with pytest.raises(UserError, match="two splits of one name; rename one of them"):
+        plan_preparing(tmp_path / "train", tmp_path / "out", PreparedForm(64))
+
+
+def test_what_a_killed_run_has_begun_goes(source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(preparing, "_manifest", lambda *_: 1 / 0)
+        prepared(source, tmp_path / "out")
+    for name in (".made-000000.tar.unfinished", ".made-000000.tar.index.x1y2"):
+        (tmp_path / "out.partial" / "train" / name).write_bytes(b"half")
+    assert files_of(prepared(source, tmp_path / "out")) == files_of(prepared(source, tmp_path / "whole"))
+
+
+def test_the_layout_is_carried_over(source, tmp_path):
+    write_manifest(source, {**read_manifest(source), "layout": "rows"})
+    assert read_manifest(prepared(source, tmp_path / "out"))["layout"] == "rows"

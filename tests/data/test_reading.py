@@ -19,12 +19,14 @@ import pytest
 import torch
 
 from quiltnet.cli.door import leave_if_user_error
+from quiltnet.data import reading
 from quiltnet.data.batches import Batch
 from quiltnet.data.captions import CaptionChoice
 from quiltnet.data.pairs import caption_id, id_to_int64, image_id
 from quiltnet.data.permutation import permuted
 from quiltnet.data.reading import Source, build_loader
 from quiltnet.data.transforms import TrainTransform
+from quiltnet.data.watchdog import Watchdog
 from quiltnet.errors import UserError
 from tests.data.conftest import draw_image, encode
 
@@ -320,6 +322,21 @@ def test_a_loader_process_that_dies_ends_the_run(make_shards, capsys):
     assert exit.value.code == 2 and "fewer data.train.workers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError()])
+def test_a_loader_process_that_dies_amid_a_hand_over(make_shards, error):
+    """What the trainer's end of the connection raises, before anybody has noticed that the process is gone."""
+
+    def broken() -> Iterator[Batch]:
+        raise error
+        yield
+
+    layout = {"global_batch_size": 6, "seed": 5, "rank": 0, "world_size": 1}
+    for workers, raised in ((1, RuntimeError), (0, type(error))):
+        loader = build_loader(make_shards(2, name=f"{workers}"), TRANSFORM, tokenize, workers=workers, **layout)
+        with pytest.raises(raised, match="DataLoader worker" if workers else None):
+            loader._next(broken())
+
+
 def children() -> set[int]:
     return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
 
@@ -347,6 +364,111 @@ def test_no_worker_is_left_behind(make_shards, ending):
         stream = None
         gc.collect()
     wait_until_gone(workers)
+
+
+def test_processes_are_forked_before_a_thread_is_there(make_shards, monkeypatch):
+    """A fork copies the locks that other threads hold, and none of those who would release them."""
+    before, at_start = children(), []
+
+    class Noticing(Watchdog):
+        def __init__(self, *args, **options) -> None:
+            at_start.append(children() - before)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(reading, "Watchdog", Noticing)
+    batches(make_shards(20), 1, workers=2)
+    assert len(at_start[0]) >= 2
+
+
+def test_a_batch_that_is_kept_keeps_two_files_open(make_shards):
+    """Images and texts are shared memory, which an open file stands for; a process may have 1,024 of these."""
+    train = make_shards(20)
+    before = len(os.listdir("/proc/self/fd"))
+    kept = batches(train, 40, workers=1)
+    assert len(os.listdir("/proc/self/fd")) - before <= 2 * 40 + 5
+    assert [joined([b]) for b in kept] == [joined([b]) for b in batches(train, 40)]
+
+
+def test_what_is_read_is_described(make_shards):
+    """A resumed run is refused other shards, also those whose names and sizes are the same."""
+    train = make_shards(20)
+    options = {"global_batch_size": 6, "seed": 5, "workers": 0, "rank": 0, "world_size": 1}
+    before = build_loader(train, TRANSFORM, tokenize, **options).describe()
+    assert build_loader(train, TRANSFORM, tokenize, **options).describe() == before
+    path = sorted(train.glob("*.tar"))[-1]
+    data = path.read_bytes()
+    at = data.index(b"second of")
+    time.sleep(0.02)  # the clock of a file system is coarse
+    path.write_bytes(data[:at] + b"SECOND" + data[at + 6 :])
+    after = build_loader(train, TRANSFORM, tokenize, **options).describe()
+    assert after["samples"] == before["samples"] and after["sha256"] != before["sha256"]
+
+
+class Stalls(TrainTransform):
+    """From the seventh sample on, as long as a server may be silent."""
+
+    seen = 0
+
+    def into(self, *args) -> None:
+        self.seen += 1
+        if self.seen > 6:
+            time.sleep(60)
+        super().into(*args)
+
+
+def test_processes_that_wait_are_not_waited_for(make_shards):
+    """Joining takes 5 s for each that has not finished its batch."""
+    before = children()
+    loader = build_loader(
+        make_shards(20), Stalls(24), tokenize, global_batch_size=6, seed=5, workers=3, rank=0, world_size=1
+    )
+    stream = iter(loader)
+    for _ in range(3):
+        next(stream)
+    time.sleep(0.5)  # all three are at their second batch
+    begun = time.monotonic()
+    loader.close()
+    assert time.monotonic() - begun < 6
+    wait_until_gone(children() - before)
+
+
+ORPHANS = """
+import sys
+from tests.data.test_reading import Stalls, tokenize
+from quiltnet.data.reading import build_loader
+loader = build_loader(sys.argv[1], Stalls(24), tokenize, global_batch_size=6, seed=5, workers=2)
+stream = iter(loader)
+for _ in range(2):
+    next(stream)
+print("ready", flush=True)
+next(stream)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_wait_do_not_outlive_a_killed_run(make_shards):
+    process = subprocess.Popen(
+        [sys.executable, "-c", ORPHANS, str(make_shards(20))],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while group_lives(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not group_lives(process.pid)
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 READER = """

@@ -231,6 +231,24 @@ def test_splits_are_folders(tmp_path):
     assert list(manifest["splits"]) == ["test"]
 
 
+def test_splits_of_our_own_sets_keep_their_names(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    rows = [PairRow(n, f"{n}.jpg", f"Caption {n}.", f"fold{n % 3}", f"{n}") for n in range(6)]
+    for number in range(6):
+        (images / f"{number}.jpg").write_bytes(image(number))
+    options = {"name": "test", "source": {}, "check_image": find_defect}
+    write_shards(ListedRows(rows), tmp_path / "set", images=ImageFolder(images), **options)
+    splits = repack(tmp_path / "set", tmp_path / "all")[0]["splits"]
+    assert [(split, entry["samples"]) for split, entry in splits.items()] == [("fold0", 2), ("fold1", 2), ("fold2", 2)]
+    assert list(repack(tmp_path / "set", tmp_path / "one", split="fold1")[0]["splits"]) == ["fold1"]
+    assert list(repack(tmp_path / "set" / "fold2", tmp_path / "two")[0]["splits"]) == ["fold2"]
+    assert list(repack(tmp_path / "set" / "fold2", tmp_path / "val", split="val")[0]["splits"]) == ["val"]
+    (tmp_path / "set" / "fold0" / "test-000000.tar").unlink()
+    with pytest.raises(UserError, match=r"test-000000\.tar is missing, and the manifest lists it"):
+        repack(tmp_path / "set", tmp_path / "lost")
+
+
 def test_two_sets_of_ours_with_the_same_paths(tmp_path):
     record = {
         "captions": ["x"], "caption_ids": ["0"], "image_id": image_id("a.jpg"), "source_id": "s", "image_path": "a.jpg",

@@ -137,3 +137,14 @@ def test_an_empty_batch():
     for chooser in (OneOf("f", "split", ["train"]), CaptionWords(1)):
         assert chooser.keep(nothing).shape == (0,)
     assert np.array_equal(NotFlagged("f", "split").keep(nothing), [])
+
+
+def test_long_numbers_are_compared_to_the_last_digit():
+    chooser = OneOf("f", "day", ["20230101", " inf"])
+    assert chooser.keep(batch(day=["20230101", "20230102", "20230101.0", "Inf"])).tolist() == [True, False, True, True]
+    chooser.check("t.csv")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    (tmp_path / "keep.txt").write_bytes("\ufeffa.jpg\r\nc.jpg\r\n".encode())
+    assert KeepList(tmp_path / "keep.txt").keep(batch()).tolist() == [True, False, True, False]

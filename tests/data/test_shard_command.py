@@ -54,7 +54,14 @@ def test_csv(table, tmp_path):
     manifest = read_manifest(tmp_path / "out")
     assert {split: entry["captions"] for split, entry in manifest["splits"].items()} == {"train": 2, "val": 1}
     assert manifest["totals"]["rejected"] == {"missing_image": 1, "null_caption": 1}
-    assert manifest["source"] == {"format": "csv", "table": "pairs.csv", "images": [tmp_path.name]}
+    assert manifest["source"] == {
+        "format": "csv",
+        "table": "pairs.csv",
+        "images": [tmp_path.name],
+        "image_column": "file",
+        "caption_column": "text",
+        "split_column": "part",
+    }
     assert "rejected rows: 1 missing_image, 1 null_caption" in output
 
 
@@ -78,7 +85,7 @@ def test_what_is_asked_for_is_checked(table, tmp_path):
         run("--images", tmp_path, *out)
     with pytest.raises(UserError, match="--images is not given"):
         run(*CSV, "--table", table, *out)
-    with pytest.raises(UserError, match="--subset chooses among the subsets of Quilt-1M"):
+    with pytest.raises(UserError, match="--subset is for --format quilt1m; leave it out with --format csv"):
         run(*CSV, "--table", table, "--images", tmp_path, "--subset", "quilt", *out)
     with pytest.raises(UserError, match="is no folder"):
         run(*CSV, "--table", table, "--images", tmp_path / "nowhere", *out)
@@ -200,6 +207,12 @@ def test_layout_of_rows(release, tmp_path):
         (["--keep-max", "0.5"], "are about --keep-list, which is not given"),
         (["--split-column", "split"], "--split-column is for --format csv; leave it out with --format quilt1m"),
         (["--format", "folder"], "--table is for --format quilt1m or csv; leave it out with --format folder"),
+        (["--caption-column", "corrected_text"], "--caption-column is for --format csv; leave it out"),
+        (["--image-column", "file"], "--image-column is for --format csv; leave it out with --format quilt1m"),
+        (["--samples", "3"], "--samples is for --format synthetic; leave it out with --format quilt1m"),
+        (["--subset", ""], "has no subset ; it has laion, pubmed, quilt"),
+        (["--split", ""], "has no split ; it has train, val"),
+        (["--source-pattern", ""], "matches no image path"),
     ],
 )
 def test_options_that_ask_for_nothing(release, tmp_path, options, message):
@@ -218,7 +231,41 @@ def test_folder_and_then_its_tars(tmp_path):
     assert records(tmp_path / "second") == records(tmp_path / "first")
     assert list(read_manifest(tmp_path / "second")["splits"]) == ["val"]
     with pytest.raises(UserError, match="takes one --images, not 2"):
-        run("--format", "folder", "--images", tmp_path, "--images", tmp_path, "--out", tmp_path / "third")
+        twice = ["--images", tmp_path / "in"] * 2
+        run("--format", "folder", *twice, "--out", tmp_path / "third")
+
+
+def test_what_is_written_does_not_lie_among_what_is_read(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(encode(draw_image(0)))
+    (tmp_path / "0.txt").write_text("A tile.")
+    for format in ("folder", "webdataset"):
+        with pytest.raises(UserError, match=r"--out .*deep/out lies in --images .*; give a folder elsewhere"):
+            run("--format", format, "--images", tmp_path, "--out", tmp_path / "deep" / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.jpg", "0.txt"]
+
+
+def test_names_are_shown_as_they_are(table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"shards: {tmp_path}/new [old]\n" in run(*CSV, "--table", table, "--images", tmp_path, "--out", "new [old]")
+    bar = Bar(Console(file=(written := io.StringIO()), force_terminal=True, width=100))
+    bar.say("new [old]")
+    assert written.getvalue() == "new [old]\n"
+
+
+def test_paths_that_are_spelt_for_another_system(tmp_path):
+    (tmp_path / "t.csv").write_text("image_path,caption\ntiles\\0.jpg,One.\n,Two.\ntiles\\1.jpg,Three.\n")
+    message = r"such as missing_image \(row [02], tiles\\[01]\.jpg\); check .*; a path's folders are told apart by /"
+    with pytest.raises(UserError, match=message):
+        run("--format", "csv", "--table", tmp_path / "t.csv", "--images", tmp_path, "--out", tmp_path / "out")
+
+
+def test_paths_that_are_absolute(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(encode(draw_image(0)))
+    (tmp_path / "t.csv").write_text(f"image_path,caption\n{tmp_path}/0.jpg,One.\n")
+    with pytest.raises(
+        UserError, match=r"unsafe_path \(row 0, /.*/0.jpg, paths start from the folder of images, without"
+    ):
+        run("--format", "csv", "--table", tmp_path / "t.csv", "--images", tmp_path, "--out", tmp_path / "out")
 
 
 def test_a_zip_that_is_none(release, tmp_path):

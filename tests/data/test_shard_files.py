@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -88,6 +89,24 @@ def test_a_listed_shard_that_is_gone_is_named(train):
     os.remove(train / "test-000001.tar")
     with pytest.raises(UserError, match=r"test-000001\.tar: there is no such shard"):
         resolve_shards(train)
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ([{"path": "../other/x.tar", "samples": 1}], r"names \.\./other/x\.tar, which is outside its folder"),
+        ([{"path": "/etc/x.tar", "samples": 1}], "outside its folder"),
+        ([{"samples": 1}], "does not list the shards of train"),
+        (None, "does not list the shards of train"),
+    ],
+)
+def test_a_manifest_of_somebody_else(train, shards, message):
+    manifest = json.loads((train.parent / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"] = shards
+    (train.parent / "manifest.json").write_text(json.dumps(manifest))
+    for spec in (train, train.parent, train / "test-000000.tar"):
+        with pytest.raises(UserError, match=message):
+            resolve_shards(spec)
 
 
 def test_fingerprint_follows_contents(train, make_shards, tmp_path):

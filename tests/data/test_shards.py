@@ -237,6 +237,22 @@ def test_a_split_must_name_a_folder(images, tmp_path, split):
         pack([PairRow(0, "a.jpg", "x", split, "")], tmp_path / "out", images)
 
 
+def test_pixels_as_they_are_kept_by_preparing(images, tmp_path):
+    np.save(images / "p.npy", np.arange(7 * 9 * 3, dtype=np.uint8).reshape(7, 9, 3))
+    np.save(images / "x.npy", np.zeros((7, 9)))
+    rows = [PairRow(n, path, "x", "train", "") for n, path in enumerate(["p.npy", "x.npy"])]
+    totals = pack(rows, tmp_path / "out", images)["totals"]
+    packed = {name.split(".")[1]: data for name, data in contents(tmp_path / "out").items()}
+    assert packed["npy"] == (images / "p.npy").read_bytes() and totals["rejected"] == {"unreadable_image": 1}
+    assert (totals["image_sizes"]["width"]["max"], totals["image_sizes"]["height"]["max"]) == (9, 7)
+
+
+@pytest.mark.parametrize("split", ["work", "journal", "manifest", "0"])
+def test_a_split_may_have_any_other_name(images, tmp_path, split):
+    pack([PairRow(0, "a.jpg", "x", split, "")], tmp_path / "out", images)
+    assert len(contents(tmp_path / "out")) == 2
+
+
 def test_target_in_use(images, tmp_path):
     rows = [PairRow(0, "a.jpg", "x", "train", "")]
     out = tmp_path / "out"

@@ -4,11 +4,13 @@ import io
 import json
 import os
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from quiltnet.data import stored_pairs
 from quiltnet.data.decoding import BrokenSample
 from quiltnet.data.held_out import ShardPairs
 from quiltnet.data.pairs import image_id
@@ -187,3 +189,18 @@ def test_json_of_a_stranger_cannot_set_the_image_id(tmp_path):
     record = {"captions": ["x"], "image_id": "../../x"}
     path = write_tar(tmp_path / "set" / "a.tar", {"k.jpg": JPEG, "k.json": json.dumps(record)})
     assert StoredPairs([ShardFile(path)])[0].image_id == image_id("set/a.tar/k")
+
+
+def test_a_tar_that_is_replaced_meanwhile_is_not_taken_for_the_old_one(tmp_path):
+    """A loader process that opens it for the first time later on would count samples from another end."""
+    path = write_tar(tmp_path / "a.tar", {f"{n}.{e}": d for n in range(5) for e, d in (("jpg", JPEG), ("txt", "old"))})
+    rest = write_tar(tmp_path / "b.tar", {"b.jpg": JPEG, "b.txt": "rest"})
+    pairs = StoredPairs([ShardFile(path), ShardFile(rest)])
+    time.sleep(0.02)  # the clock of a file system is coarse
+    write_tar(path, {"0.jpg": JPEG, "0.txt": "new"})
+    StoredPairs([ShardFile(path)])  # another run, which makes the index anew
+    stored_pairs._opened.cache_clear()
+    for number in range(5):
+        with pytest.raises(BrokenSample, match="unreadable_shard"):
+            pairs[number]
+    assert pairs[5].captions == ["rest"]

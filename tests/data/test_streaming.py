@@ -78,13 +78,6 @@ def test_exactly_once_and_in_the_defined_order(counts, units, known):
     assert of_epochs[0] != of_epochs[1]
 
 
-def test_numbers_of_samples():
-    known = stream(in_memory(COUNTS), unit=1, units=3)
-    assert (known.samples_per_epoch, known.unit_samples_per_epoch) == (22, 7)
-    unknown = stream(in_memory(COUNTS, known=False), unit=1, units=3)
-    assert (unknown.samples_per_epoch, unknown.unit_samples_per_epoch) == (None, None)
-
-
 def test_seeds_differ():
     shards = in_memory(COUNTS)
     orders = {tuple(keys(stream(shards, seed=seed), 22)) for seed in range(5)}

@@ -190,3 +190,30 @@ def test_another_reading_is_another_source(tmp_path):
     path.write_text("image,caption,other\na.jpg,z,y\n")
     known.append(TableSource(path, **PLAIN).identity())
     assert all(known[one] != known[other] for one in range(6) for other in range(one))
+
+
+@pytest.mark.parametrize(("ending", "encoding"), [("", "utf-8"), ("\n", "utf-8"), ("\r\n", "utf-16")])
+def test_a_quote_that_is_not_closed(tmp_path, rows_of, ending, encoding):
+    path = tmp_path / "t.csv"
+    path.write_bytes(f'image,caption\n0.jpg,x\n1.jpg,"two\n2.jpg,three{ending}'.encode(encoding))
+    with pytest.raises(UserError, match=r"a quote is not closed, .* begins with 'two\\n2.jpg,three"):
+        rows_of(path, **PLAIN, encoding=encoding)
+    path.write_bytes(f'image,caption\n0.jpg,x\n1.jpg,"two\nlines"{ending}'.encode(encoding))
+    assert [row.caption for row in rows_of(path, **PLAIN, encoding=encoding)] == ["x", "two\nlines"]
+
+
+def test_columns_that_are_told_apart_by_something_else(tmp_path):
+    (tmp_path / "t.csv").write_text("image;caption\n0.jpg;x\n")
+    with pytest.raises(UserError, match=r"its columns are image;caption; columns are told apart by commas in a \.csv"):
+        TableSource(tmp_path / "t.csv", **PLAIN)
+
+
+def test_a_column_may_have_any_name(tmp_path, rows_of):
+    (tmp_path / "t.csv").write_text("image,caption,*,facts,number\n0.jpg,x,7,y,z\n")
+    assert rows_of(tmp_path / "t.csv", **PLAIN)[0].metadata == {"*": 7, "facts": "y", "number": "z"}
+
+
+def test_the_split_is_that_of_the_column_named(tmp_path, rows_of):
+    (tmp_path / "t.csv").write_text("image,caption,fold,split\n0.jpg,x,train,val\n1.jpg,y,val,train\n")
+    rows = rows_of(tmp_path / "t.csv", **PLAIN, split_column="fold", split="train")
+    assert [(row.image_path, row.split, row.metadata) for row in rows] == [("0.jpg", "train", {"split": "val"})]

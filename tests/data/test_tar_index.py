@@ -11,6 +11,7 @@ import pytest
 
 from quiltnet.data import tar_index
 from quiltnet.data.tar_index import TarIndex, ensure_index, find_index, write_index
+from tests.data.test_tar_members import LIES, member
 
 
 def write_tar(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
@@ -218,3 +219,20 @@ def test_nothing_half_written_is_left(tmp_path):
     with pytest.raises(tarfile.ReadError):
         write_index(tmp_path / "a.tar")
     assert os.listdir(tmp_path) == ["a.tar"]
+
+
+def test_a_member_that_claims_more_than_there_is_memory_for_is_a_cut(tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes(member("a.jpg", b"1") + LIES["more than there is memory for"])
+    index = index_of(path)
+    assert index.key(1) == "b" and index.is_truncated
+    with pytest.raises(EOFError):
+        index.read(1, {"txt"})
+    assert index.read(0, {"jpg"}) == {"jpg": b"1"}
+
+
+def test_large_members_are_read_piece_by_piece(tmp_path, monkeypatch):
+    data = random.Random(0).randbytes(1000)
+    index = index_of(write_tar(tmp_path / "a.tar", {"a.jpg": data}))
+    monkeypatch.setattr(tar_index, "PIECE_BYTES", 300)
+    assert index.read(0, {"jpg"}) == {"jpg": data}

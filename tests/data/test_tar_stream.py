@@ -11,6 +11,7 @@ from quiltnet.data import tar_stream
 from quiltnet.data.tar_index import TarIndex, write_index
 from quiltnet.data.tar_stream import BrokenTar, TarSample, read_samples
 from tests.data.http_server import pack_tar
+from tests.data.test_tar_members import LIES, member
 
 
 class OnlyOnce(io.RawIOBase):
@@ -164,3 +165,13 @@ def test_what_the_stream_raises_is_passed_on():
     assert next(samples).key == "k0"
     with pytest.raises(ConnectionResetError, match="gone"):
         list(samples)
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("is_first", [False, True])
+def test_headers_that_lie_end_the_stream(lie, is_first):
+    """At once: what they announce is not waited for when the stream has ended."""
+    data = (b"" if is_first else member("a.txt", b"x")) + LIES[lie] + bytes(1024)
+    samples, reason = read(data, wanted=("txt",))
+    assert [sample.key for sample in samples][: 1 - is_first] == ["a"][is_first:] and len(samples) <= 2
+    assert reason in ("truncated_tar", "not_a_tar" if is_first else "truncated_tar")
