@@ -105,7 +105,7 @@ MISTAKES = {
         ["data.train.shards={train}", "+data.train.crop_scal=[0.5,1]"],
         "data.train.crop_scal is not an option; the nearest is data.train.crop_scale"
     ),
-    "misspelt below augment": (["data.train.shards={train}", "+data.augment.jitter=1"], "augment.jitter is not an option"),
+    "misspelt below": (["data.train.shards={train}", "+data.augment.jitter=1"], "augment.jitter is not an option"),
     "no folder to stream": (["data.train.shards=file:///no/where"], "name the tars themselves"),
 }  # fmt: skip
 

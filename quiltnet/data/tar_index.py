@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from quiltnet.data.tar_members import TarMembers
@@ -108,7 +109,7 @@ def write_index(tar: Path) -> Path:
         tarfile.ReadError: it is no uncompressed tar.
         OSError: its folder cannot be written.
     """
-    return _build(tar, tar.with_name(f"{tar.name}.index"))
+    return _write(tar.with_name(f"{tar.name}.index"), _identity(tar), *_scan(tar))
 
 
 def find_index(tar: Path) -> Path | None:
@@ -133,18 +134,16 @@ def ensure_index(tar: Path) -> Path:
         UserError: the cache cannot be written.
     """
     found = find_index(tar)
-    if found is None:
-        try:
-            cache_folder().joinpath("index").mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=cache_folder() / "index"):
-                pass
-        except OSError as error:
-            raise UserError(
-                f"indices of tars cannot be kept in {cache_folder()} ({error.strerror}); "
-                "set QUILTNET_CACHE to a folder that can be written"
-            ) from error
-        found = _build(tar, _cached(tar))
-    return found
+    if found is not None:
+        return found
+    identity, scanned = _identity(tar), _scan(tar)
+    try:
+        return _write(_cached(tar), identity, *scanned)
+    except OSError as error:
+        raise UserError(
+            f"indices of tars cannot be kept in {cache_folder()} ({error.strerror or error}); "
+            "set QUILTNET_CACHE to a folder that can be written"
+        ) from error
 
 
 def open_index(tar: Path) -> TarIndex:
@@ -178,9 +177,7 @@ def _identity(tar: Path) -> str:
         return f"{FORMAT} {size} {ends.hexdigest()}"
 
 
-def _build(tar: Path, file: Path) -> Path:
-    identity = _identity(tar)
-    tensors, facts = _scan(tar)
+def _write(file: Path, identity: str, tensors: dict[str, np.ndarray], facts: dict[str, str]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     # Ranks may build the same one at once: each writes its own, and one that is whole takes the name.
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name[:100]}.")
@@ -189,8 +186,10 @@ def _build(tar: Path, file: Path) -> Path:
         save_file(tensors, temporary, metadata={"identity": identity, **facts})
         os.chmod(temporary, 0o644)
         os.replace(temporary, file)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, SafetensorError):  # its word for a full disk
+            raise OSError(str(error)) from error
         raise
     return file
 

@@ -55,8 +55,8 @@ class ContrastiveModel(nn.Module):
         self.register_buffer("_std", torch.tensor(preprocessing.std).view(3, 1, 1), persistent=False)
 
     @property
-    def image_size(self) -> int:
-        """Side of the square input, in pixels."""
+    def image_size(self) -> int | tuple[int, int]:
+        """Side of the input in pixels, or (height, width)."""
         return self.description.preprocess_cfg["size"]
 
     @property

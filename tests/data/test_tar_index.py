@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import resource
 import tarfile
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from quiltnet.data import tar_index
 from quiltnet.data.tar_index import TarIndex, ensure_index, find_index, write_index
+from quiltnet.errors import UserError
 from tests.data.test_tar_members import LIES, member
 
 
@@ -236,3 +238,23 @@ def test_large_members_are_read_piece_by_piece(tmp_path, monkeypatch):
     index = index_of(write_tar(tmp_path / "a.tar", {"a.jpg": data}))
     monkeypatch.setattr(tar_index, "PIECE_BYTES", 300)
     assert index.read(0, {"jpg"}) == {"jpg": data}
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    tar = write_tar(tmp_path / "a.tar", {"a.jpg": b"1"})
+    monkeypatch.setenv("QUILTNET_CACHE", "/proc/nowhere")
+    with pytest.raises(UserError, match=r"kept in /proc/nowhere \(No such file .*; set QUILTNET_CACHE"):
+        ensure_index(tar)
+
+
+def test_a_cache_without_room_is_told(tmp_path, monkeypatch):
+    tar = write_tar(tmp_path / "a.tar", {f"{n}.jpg": b"1" for n in range(2000)})
+    monkeypatch.setenv("QUILTNET_CACHE", str(tmp_path / "cache"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as a disk that fills up
+    try:
+        with pytest.raises(UserError, match=r"cannot be kept in .*cache \(.*too large.*set QUILTNET_CACHE"):
+            ensure_index(tar)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path / "cache" / "index") == []
