@@ -117,3 +117,15 @@ def test_mistakes(mistake, drawn_shards, work, capsys, monkeypatch):
     told = refused(capsys, "run_name=x", *(option.format(train=f"{drawn_shards}/train") for option in options))
     assert message in told
     assert not Path("outputs").exists()
+
+
+def test_what_is_lost_is_said(drawn_shards, work, caplog):
+    """Hydra's job_logging=disabled would drop every warning below ERROR."""
+    first, *rest = sorted((drawn_shards / "train").glob("*.tar"))
+    with serving() as server:
+        server.files["set/manifest.json"] = (drawn_shards / "manifest.json").read_bytes()
+        for tar in rest:
+            server.files[f"set/train/{tar.name}"] = tar.read_bytes()
+        shards = f"data.train.shards={server.url('set/train')}"
+        run("run_name=x", shards, "total_samples=64", "data.max_bad_fraction=1")
+    assert f"missing_shard: {server.url(f'set/train/{first.name}')}: 404" in caplog.text
