@@ -25,7 +25,7 @@ from quiltnet.data.manifest import MANIFEST_NAME, TAR_ENDINGS, read_manifest
 from quiltnet.data.pairs import PairRow, image_id
 from quiltnet.data.row_table import ListedRows
 from quiltnet.data.stored_pairs import IMAGE_EXTENSIONS, StoredPair, pair_from_members
-from quiltnet.data.tar_index import MEMBER_NAME
+from quiltnet.data.tar_index import group_members
 from quiltnet.data.tar_members import Member, TarMembers
 from quiltnet.data.tarred_images import ImagePlaces, TarredImages, read_at, unpacked_name
 from quiltnet.errors import UserError
@@ -157,7 +157,7 @@ def _samples(tar: Path, label: str, findings: Counter[str]) -> Iterator[_Scanned
     names = _Names(label, findings)
     try:
         pending = None
-        for key, found in _grouped(members):
+        for key, found in group_members(members):
             if pending is not None:
                 yield _scan(tar, names, *pending, is_last=False)
             pending = (key, found)
@@ -169,23 +169,6 @@ def _samples(tar: Path, label: str, findings: Counter[str]) -> Iterator[_Scanned
     if pending is not None:
         # The cut may have fallen into the last sample, or between its members.
         yield _scan(tar, names, *pending, is_last=members.is_truncated)
-
-
-def _grouped(members: TarMembers) -> Iterator[tuple[str, dict[str, Member]]]:
-    """(key, members by extension): consecutive members of one key are a sample, as for webdataset."""
-    newest, found = None, {}
-    for member in members:
-        name = MEMBER_NAME.fullmatch(member.name)
-        if name is None:
-            continue
-        key, extension = name[1], name[2].lower()
-        if newest is not None and (key != newest or extension in found):
-            yield newest, found
-            found = {}
-        newest = key
-        found[extension] = member
-    if newest is not None:
-        yield newest, found
 
 
 def _scan(tar: Path, names: _Names, key: str, found: dict[str, Member], *, is_last: bool) -> _Scanned:

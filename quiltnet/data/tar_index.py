@@ -14,7 +14,7 @@ import re
 import tarfile
 import tempfile
 from array import array
-from collections.abc import Container
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from quiltnet.data.tar_members import TarMembers
+from quiltnet.data.tar_members import Member, TarMembers
 from quiltnet.errors import UserError
 
 # webdataset's convention: the key ends at the first dot of the base name, and keeps its folders.
@@ -100,6 +100,27 @@ class TarIndex:
 
     def _span(self, sample: int) -> slice:
         return slice(self._starts[sample], self._starts[sample + 1])
+
+
+def group_members(members: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """(key, members by extension): consecutive members of one key are a sample, as for webdataset.
+
+    A repeated extension begins a new one.
+    """
+    newest: str | None = None
+    found: dict[str, Member] = {}
+    for member in members:
+        name = MEMBER_NAME.fullmatch(member.name)
+        if name is None:
+            continue
+        key, extension = name[1], name[2].lower()
+        if newest is not None and (key != newest or extension in found):
+            yield newest, found
+            found = {}
+        newest = key
+        found[extension] = member
+    if newest is not None:
+        yield newest, found
 
 
 def write_index(tar: Path) -> Path:
@@ -198,24 +219,15 @@ def _scan(tar: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     keys, key_starts = bytearray(), array("q", [0])
     starts, offsets, sizes, kinds = array("q"), array("q"), array("q"), array("i")
     kind_of: dict[str, int] = {}  # distinct extensions are few: members name theirs by number
-    seen: set[str] = set()  # extensions of the sample at hand
-    newest: str | None = None
     members = TarMembers(tar)
-    for member in members:
-        name = MEMBER_NAME.fullmatch(member.name)
-        if name is None:
-            continue
-        key, extension = name[1], name[2].lower()
-        if key != newest or extension in seen:
-            newest = key
-            keys += key.encode("utf-8", "replace")
-            key_starts.append(len(keys))
-            starts.append(len(offsets))
-            seen.clear()
-        seen.add(extension)
-        offsets.append(member.offset)
-        sizes.append(member.size)
-        kinds.append(kind_of.setdefault(extension, len(kind_of)))
+    for key, found in group_members(members):
+        keys += key.encode("utf-8", "replace")
+        key_starts.append(len(keys))
+        starts.append(len(offsets))
+        for extension, member in found.items():
+            offsets.append(member.offset)
+            sizes.append(member.size)
+            kinds.append(kind_of.setdefault(extension, len(kind_of)))
     starts.append(len(offsets))
     tensors = {
         "keys": np.frombuffer(keys, np.uint8) if keys else np.zeros(0, np.uint8),
