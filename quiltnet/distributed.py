@@ -69,66 +69,77 @@ def on_main(decide: Callable[[], Any]) -> Any:  # all ranks
     return outcome
 
 
+def sum_over_ranks(value: Tensor) -> Tensor:  # all ranks
+    """The sum of a detached tensor over ranks."""
+    return _all_reduce(value, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(value: Tensor) -> Tensor:  # all ranks
+    """The greatest of a detached tensor over ranks, element by element."""
+    return _all_reduce(value, dist.ReduceOp.MAX)
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:  # all ranks
     """The mean of a detached tensor over ranks."""
-    if world_size() == 1:
-        return value
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return total / world_size()
+    return sum_over_ranks(value) / world_size() if world_size() > 1 else value
 
 
-def gather_rows(rows: Tensor) -> Tensor:  # all ranks
+def gather_rows(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:  # all ranks
     """Rows of every rank, rank after rank; ranks may hold different numbers of rows. No gradient.
 
     Args:
         rows: ``(n_r, ...)`` on rank r.
+        sizes: ``n_r`` of each rank, where all ranks know them; otherwise they are exchanged first.
 
     Returns:
         ``(sum of n_r, ...)``, the same on every rank.
     """
     if world_size() == 1:
         return rows
-    return _all_gather(rows.detach(), all_gather_object(len(rows)))
+    sizes = all_gather_object(len(rows)) if sizes is None else sizes
+    longest = max(sizes)
+    # gloo wants equal shapes from all ranks: pad to the longest, cut again.
+    padded = _padded(rows.detach(), longest).contiguous()
+    gathered = rows.new_empty((len(sizes) * longest, *rows.shape[1:]))
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.14
+    gather(gathered, padded)
+    if min(sizes) == longest:
+        return gathered
+    parts = gathered.unflatten(0, (len(sizes), longest))
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-def gather_features(features: Tensor, sizes: Sequence[int] | None = None) -> Tensor:  # all ranks
-    """Features of every rank, rank after rank, through which gradients flow back to the rank that made them.
-
-    The gradient is the sum over ranks of what each rank's loss asks of these features. DDP then averages parameter
-    gradients over ranks, so a loss that is a mean over local rows yields the gradient of one process on the whole
-    batch (https://github.com/mlfoundations/open_clip/issues/616 shows what happens without it).
+def reduce_scatter_rows(rows: Tensor, sizes: Sequence[int]) -> Tensor:  # all ranks
+    """This rank's rows of the sum over ranks: what a gather's gradient needs. No gradient of its own.
 
     Args:
-        features: ``(B, D)``.
-        sizes: rows of each rank, where ranks differ; ``None`` promises that all hold B, and spares an exchange.
+        rows: ``(sum of sizes, ...)``; a block of rows for each rank, rank after rank.
+        sizes: rows of each rank, the same list on every rank.
 
     Returns:
-        ``(W*B, D)``, or ``(sum of sizes, D)``.
+        ``(sizes[rank], ...)``.
     """
     if world_size() == 1:
-        return features
-    return _GatherWithGradient.apply(features, list(sizes or [len(features)] * world_size()))
+        return rows
+    longest = max(sizes)
+    if min(sizes) < longest:
+        rows = torch.cat([_padded(part, longest) for part in rows.split(list(sizes))])
+    own = rows.new_empty((longest, *rows.shape[1:]))
+    reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name from torch 2.14
+    reduce_scatter(own, rows.contiguous())
+    return own[: sizes[rank()]]
 
 
-class _GatherWithGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, sizes: list[int]) -> Tensor:
-        ctx.start = sum(sizes[: rank()])
-        ctx.length = len(features)
-        return _all_gather(features, sizes)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient[ctx.start : ctx.start + ctx.length], None
+def _all_reduce(value: Tensor, operation: Any) -> Tensor:
+    if world_size() == 1:
+        return value
+    value = value.detach().clone()
+    dist.all_reduce(value, operation)
+    return value
 
 
-def _all_gather(rows: Tensor, sizes: list[int]) -> Tensor:
-    # gloo wants equal shapes from all ranks: pad to the longest, cut again.
-    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded)
-    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+def _padded(rows: Tensor, length: int) -> Tensor:
+    """``rows`` and as many rows of zeros as make ``length``."""
+    if len(rows) == length:
+        return rows
+    return torch.cat([rows, rows.new_zeros((length - len(rows), *rows.shape[1:]))])
