@@ -51,7 +51,7 @@ setup(
         "scikit-learn>=1.4",
         "scipy>=1.10",
         "simplejpeg>=1.7",
-        "timm>=1.0.17",
+        "timm>=1.0.19",
         "tokenizers>=0.20",
         "torch>=2.6",
         "torchvision>=0.21",

@@ -22,7 +22,9 @@ from quiltnet.training.callbacks import LogMetrics, evaluate
 from quiltnet.training.engine import fit, seed_everything, start_training
 from quiltnet.training.loggers import ConsoleLogger
 from quiltnet.training.losses import InfoNCE
-from quiltnet.training.optim import WarmupCosine, adamw
+from quiltnet.training.objective import Objective
+from quiltnet.training.optim import build_optimizer
+from quiltnet.training.schedules import WarmupCosine
 
 IMAGE = {
     "timm_model_name": "tf_efficientnet_lite0",
@@ -44,10 +46,10 @@ def main(out: Path, samples: int = 640) -> None:
     loader = build_loader(out / "shards" / "train", transform, model.batch_tokenizer(), global_batch_size=32, seed=0)
     total_samples = loader.samples_per_epoch // 32 * 32
     schedule = WarmupCosine(total_samples=total_samples, warmup_samples=total_samples // 10)
-    state = start_training(model, adamw(model, lr=3e-4), schedule, global_batch_size=32)
+    state = start_training(model, build_optimizer(model, lr=3e-4), schedule, global_batch_size=32)
     before = evaluate(model, evaluators)
     log = LogMetrics(ConsoleLogger(total_samples), every_samples=160, samples_per_epoch=loader.samples_per_epoch)
-    fit(state, loader.start(0), InfoNCE(), [log], total_samples=total_samples)
+    fit(state, loader.start(0), Objective(InfoNCE()), [log], total_samples=total_samples)
     for name, value in evaluate(model, evaluators).items():
         print(f"{name:40} {before[name]:8.4f} -> {value:8.4f}")
     difference = export_open_clip(model, out / "model")

@@ -19,18 +19,23 @@ EVALUATION = {"features", "metrics", "probe", "prompts", "datasets", "retrieval"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "distributed": set(),
-    "model.contrastive": {"model.text_forward", "model.tokenizer"},
+    "model.contrastive": {"model.text_forward", "model.tokenizer", "model.tower_blocks"},
     "model.fast_bpe": {"model.text_cleaning"},
+    "model.patch_dropout": set(),
     "model.text_cleaning": set(),
     "model.text_forward": set(),
     "model.tokenizer": {"model.fast_bpe", "model.text_cleaning"},
+    "model.tower_blocks": set(),
     "model.weights": set(),
     "model.embedder": {"model.contrastive"},
     "model.folder": {"model.contrastive"},
     "model.architecture": {"model.contrastive", "model.folder", "model.weights"},
     "model.assembly": {f"model.{room}" for room in MODEL} | {"model.architecture", "model.folder"},
     "data.augmentation": {"data.stain"},
-    "data.batches": {"data.decoding", "data.device_decoding", "data.pairs", "data.stored_pairs", "data.transforms"},
+    "data.batches": {
+        "data.decoding", "data.device_decoding", "data.pairs", "data.stored_pairs", "data.teacher_features",
+        "data.transforms"
+    },
     "data.captions": {"data.sentences"},
     "data.cells": set(),
     "data.check_report": {"data.checking", "data.contact_sheet", "data.decoding", "data.near_duplicates"},
@@ -99,7 +104,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "data.source_pattern": set(),
     "data.stain": set(),
-    "data.stored_pairs": {"data.decoding", "data.pairs", "data.shard_files", "data.tar_index"},
+    "data.stored_pairs": {
+        "data.decoding", "data.pairs", "data.shard_files", "data.tar_index", "data.teacher_features"
+    },
     "data.stream_order": set(),
     "data.stream_windows": {
         "data.decoding", "data.remote_files", "data.remote_shards", "data.remote_sources", "data.stored_pairs",
@@ -122,16 +129,47 @@ ALLOWED: dict[str, set[str]] = {
     "data.tar_members": set(),
     "data.tar_stream": {"data.tar_index"},
     "data.tarred_images": {"data.pairs", "data.tar_members"},
+    "data.teacher_features": {"data.decoding"},
+    "data.teaching": {
+        "data.decoding", "data.manifest", "data.remote_files", "data.remote_shards", "data.remote_sources",
+        "data.shard_files", "data.shard_sets", "data.stored_pairs", "data.tar_index", "data.teacher_features",
+        "data.workplace"
+    },
     "data.transforms": {"data.decoding"},
     "data.watchdog": set(),
     "data.worker_pool": set(),
     "data.workplace": {"data.manifest"},
     "data.zipped_images": {"data.pairs", "data.tarred_images"},
-    "training.optim": set(),
     "training.checkpoint": set(),
+    "training.distillation": {"distributed", "training.kernels", "training.targets"},
+    "training.duplicates": {"distributed"},
+    "training.engine": {
+        "distributed", "training.full_state", "training.gradcache", "training.optim", "training.placement",
+        "training.precision"
+    },
+    "training.finite_check": {"distributed", "training.engine"},
+    "training.flops": set(),
+    "training.full_state": {"distributed"},
+    "training.gradcache": set(),
+    "training.kernels": {
+        "distributed", "training.duplicates", "training.targets", "training.triton_kernels"
+    },
     "training.loggers": set(),
-    "training.losses": {"distributed"},
-    "training.engine": {"distributed"},
+    "training.losses": {"distributed", "training.duplicates", "training.kernels"},
+    "training.objective": {"training.distillation", "training.losses"},
+    "training.optim": {"training.parameter_groups"},
+    "training.overfitting": {"distributed"},
+    "training.parameter_groups": set(),
+    "training.patch_dropping": {"training.engine"},
+    "training.placement": {"distributed"},
+    "training.precision": {"distributed"},
+    "training.profiling": {"distributed", "training.engine", "training.flops"},
+    "training.schedules": set(),
+    "training.siglip": {"distributed", "training.duplicates", "training.siglip_kernels"},
+    "training.siglip_kernels": {"distributed", "training.duplicates"},
+    "training.targets": {"training.duplicates"},
+    "training.teachers": set(),
+    "training.triton_kernels": {"training.targets"},
     "training.callbacks": {
         "distributed", "training.checkpoint", "training.data_statistics", "training.engine", "training.loggers"
     },

@@ -46,7 +46,8 @@ def test_a_run_leaves_what_it_promises(drawn_shards, work, capsys):
     run("run_name=first", "evaluator=[val_pairs,retrieval_val,zeroshot_synthetic]", *shards)
     folder = work / "outputs" / "first"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "environment.json", "metrics.jsonl", "results.json", "checkpoints", "model"
+        "config.yaml", "environment.json", "metrics.jsonl", "results.json", "checkpoints", "model",
+        "parameter_groups.txt"
     }  # fmt: skip
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["data"]["samples"] == 54 and "torch" in environment["packages"]
@@ -62,6 +63,23 @@ def test_a_run_leaves_what_it_promises(drawn_shards, work, capsys):
     eval_main(["checkpoint=outputs/first", "evaluator=[val_pairs]", "output=numbers.json", shards[1]], conf=CONF)
     numbers = json.loads((work / "numbers.json").read_text())["checkpoints"]["outputs/first"]
     assert numbers["val_pairs/loss"] == pytest.approx(results["last"]["val_pairs/loss"], abs=1e-6)
+
+
+def test_all_that_a_step_can_do_at_once(drawn_shards, work, capsys):
+    shards = f"data.train.shards={drawn_shards}/train"
+    run("run_name=teacher", shards)
+    run(
+        "run_name=student", shards, "loss=siglip", "model.init_logit_bias=-10", "micro_batch_size=2",
+        "patch_dropout=0.5", "objective.image_image_weight=0.5", "objective.distillation_weight=1",
+        "objective.teacher=outputs/teacher", "loss.duplicates=positive", "optim=lion", "optim.lr=1e-3",
+        "optim.layer_decay=0.7", "schedule=wsd", "placement=checkpointed",
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (work / "outputs/student/metrics.jsonl").read_text().splitlines()]
+    logged = next(line for line in lines if "train/loss" in line)
+    parts = logged["train/contrastive_loss"] + 0.5 * logged["train/image_image_loss"]
+    assert logged["train/loss"] == pytest.approx(parts + logged["train/distillation_loss"], rel=1e-5)
+    assert "text.5" not in (work / "outputs/student/parameter_groups.txt").read_text()
+    assert quiltnet.load("outputs/student").model.logit_bias.item() != -10
 
 
 def test_a_used_directory_is_entered_only_when_asked(drawn_shards, work, capsys):
@@ -155,7 +173,7 @@ MISTAKES = {
     "monitor": (["monitor=zeroshot_x/accuracy", "{train}"], "monitor=zeroshot_x/accuracy"),
     "no length": (["total_samples=null", "{train}"], "epochs=10"),
     "two lengths": (["epochs=3", "{train}"], "one of epochs"),
-    "precision": (["precision=half", "{train}"], "fp32, bf16, fp16"),
+    "precision": (["precision=half", "{train}"], "fp32, tf32, bf16, fp16"),
     "learning rate": (["optim.lr=0", "{train}"], "greater than 0"),
     "warm-up": (["schedule.warmup_samples=16", "{train}"], "less than total_samples"),
     "batch": (["global_batch_size=0", "{train}"], "global_batch_size=0"),
@@ -178,7 +196,25 @@ MISTAKES = {
     "unknown key": (["optim.learning_rate=1", "{train}"], "learning_rate"),
     "unknown key of callbacks": (["+callbacks.log_every=8", "{train}"], "the nearest is callbacks.log_every_samples"),
     "unknown key at the top": (["+precison=bf16", "{train}"], "precison is not an option; did you mean precision?"),
-    "misspelt argument": (["+optim.learning_rate=1", "{train}"], "misspelt"),
+    "misspelt argument": (["+optim.learning_rate=1", "{train}"], "adamw has no option learning_rate"),
+    "optimizer": (["optim.name=adamv", "{train}"], "did you mean adam"),
+    "schedule": (["schedule=wsd", "schedule.decay_share=0", "{train}"], "decay_share=0"),
+    "micro-batch": (["micro_batch_size=3", "data.train.shards=nowhere"], "use 2 or 4"),
+    "precision of a GPU": (["precision=tf32", "data.train.shards=nowhere"], "precision=tf32 needs an NVIDIA GPU"),
+    "sharding of one": (["placement=fsdp", "data.train.shards=nowhere"], "needs several processes"),
+    "patches of a CNN": (
+        ["patch_dropout=0.5", "model=effnet-lite0-minilm", "data.train.shards=nowhere"],
+        "patch",
+    ),
+    "bias": (["loss=siglip", "{train}"], "model.init_logit_bias=-10"),
+    "duplicates": (["loss.duplicates=masks", "{train}"], "ignore, mask, positive"),
+    "no teacher": (["objective.distillation_weight=1", "{train}"], "needs a teacher"),
+    "idle teacher": (["objective.teacher=stored", "{train}"], "teaches nothing"),
+    "no stored features": (
+        ["objective.teacher=stored", "objective.distillation_weight=1", "{train}"],
+        "quiltnet teach",
+    ),
+    "option of the objective": (["+objective.image_weight=1", "{train}"], "is objective.image_image_weight"),
     "wandb mode": (["logger=[wandb]", "logger.wandb.mode=of", "{train}"], "'online' or 'offline'"),
 }
 

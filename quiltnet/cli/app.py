@@ -10,9 +10,11 @@ import typer
 
 import quiltnet
 from quiltnet.cli.check import check
+from quiltnet.cli.doctor import doctor
 from quiltnet.cli.door import at_the_door
 from quiltnet.cli.prepare import prepare
 from quiltnet.cli.shard import shard
+from quiltnet.cli.teach import teach
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -36,6 +38,8 @@ def _version(
 app.command()(shard)
 app.add_typer(check, name="check")
 app.command()(prepare)
+app.command()(teach)
+app.command()(doctor)
 
 
 @app.command(context_settings=_PASS_ON)

@@ -14,7 +14,7 @@ from quiltnet.distributed import is_main
 from quiltnet.errors import UserError
 from quiltnet.release.hub import load_model
 from quiltnet.training.callbacks import evaluate
-from quiltnet.training.engine import build_accelerator
+from quiltnet.training.precision import build_accelerator
 
 
 def run_eval(cfg: DictConfig) -> None:

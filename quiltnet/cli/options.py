@@ -40,8 +40,10 @@ COUNT: Rule = (lambda value: _is_whole(value) and value >= 1), "a whole number o
 WHOLE: Rule = (lambda value: _is_whole(value) and value >= 0), "a whole number of at least 0"
 SEED: Rule = (lambda value: _is_whole(value) and 0 <= value < 1 << 63), "a whole number from 0 to 2**63 - 1"
 NUMBER: Rule = _is_number, "a number"
+FACTOR: Rule = (lambda value: _is_number(value) and value >= 0), "a number of at least 0"
 POSITIVE: Rule = (lambda value: _is_number(value) and value > 0), "a number above 0"
 SHARE: Rule = (lambda value: _is_number(value) and 0 <= value <= 1), "a number between 0 and 1"
+PART: Rule = (lambda value: _is_number(value) and 0 <= value < 1), "a number of at least 0 and below 1"
 SWITCH: Rule = (lambda value: isinstance(value, bool)), "true or false"
 NAME: Rule = (lambda value: isinstance(value, str) and value != ""), "a name or path"
 SHARDS: Rule = (
@@ -67,7 +69,24 @@ RULES: dict[str, Rule] = {
     "global_batch_size": COUNT,
     "epochs": _optional(POSITIVE),
     "total_samples": _optional(COUNT),
-    "precision": _one_of("fp32", "bf16", "fp16"),
+    "precision": _one_of("fp32", "tf32", "bf16", "fp16"),
+    "micro_batch_size": _optional(COUNT),
+    "patch_dropout": PART,
+    "undropped_share": SHARE,
+    "objective.image_image_weight": FACTOR,
+    "objective.image_image_logit_scale": POSITIVE,
+    "objective.distillation_weight": FACTOR,
+    "objective.teacher": _optional(NAME),
+    "overfit": SWITCH,
+    "profile": SWITCH,
+    "loss.duplicates": _one_of("ignore", "mask", "positive"),
+    "loss.label_smoothing": PART,
+    "loss.hardness": FACTOR,
+    "loss.caption_dropout": PART,
+    "placement.sharding": _one_of("ddp", "fsdp"),
+    "placement.gradient_compression": SWITCH,
+    "placement.activation_checkpointing": SWITCH,
+    "placement.compile": SWITCH,
     "deterministic": SWITCH,
     "max_grad_norm": _optional(POSITIVE),
     "monitor": _optional(NAME),
@@ -95,7 +114,14 @@ RULES: dict[str, Rule] = {
     "schedule.warmup_samples": _optional(WHOLE),
     "schedule.final_factor": SHARE,
     "optim.lr": NUMBER,
-    "optim.weight_decay": (lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
+    "optim.weight_decay": FACTOR,
+    "optim.name": NAME,
+    "optim.layer_decay": POSITIVE,
+    "optim.image_lr_factor": POSITIVE,
+    "optim.text_lr_factor": POSITIVE,
+    "optim.logit_scale_lr_factor": POSITIVE,
+    "schedule.decay_share": SHARE,
+    "schedule.decay_shape": _one_of("linear", "cosine", "1-sqrt"),
     "callbacks.log_every_samples": _optional(COUNT),
     "callbacks.evaluate_every_samples": _optional(COUNT),
     "callbacks.checkpoint_every_samples": _optional(COUNT),
@@ -105,7 +131,8 @@ RULES: dict[str, Rule] = {
 # Looked at where they are used, and by more than one rule.
 CHECKED_ELSEWHERE = {"data.train.sources", "data.train.caption_policy", "data.augment.stain_normalization"}
 PARTS = {
-    "run_name", "data_root", "model", "data", "loss", "optim", "schedule", "callbacks", "evaluator", "logger"
+    "run_name", "data_root", "model", "data", "loss", "objective", "optim", "schedule", "placement", "callbacks",
+    "evaluator", "logger"
 }  # fmt: skip
 
 
@@ -128,7 +155,7 @@ def _check_names(cfg: DictConfig) -> None:
     for name in ("experiment", "debug", "sweep"):
         if name in cfg and cfg[name] is not None:
             raise UserError(f"{name}={cfg[name]}: the file must begin with the line `# @package _global_`")
-    for group in ("data", "callbacks"):
+    for group in ("data", "callbacks", "objective"):
         for name in _names(OmegaConf.to_container(cfg[group]), group):
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0)

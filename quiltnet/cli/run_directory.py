@@ -29,7 +29,7 @@ ENVIRONMENT_NAME = "environment.json"
 # What may differ between a run and its continuation: how it is started and watched, not what it computes.
 _MAY_CHANGE = {
     "resume", "overwrite", "output_dir", "run_name", "callbacks", "logger", "evaluator", "monitor", "data_root",
-    "deterministic",
+    "deterministic", "placement", "micro_batch_size", "profile",
 }  # fmt: skip
 
 

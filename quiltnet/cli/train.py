@@ -7,6 +7,7 @@ import re
 import shutil
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from quiltnet.cli.objective import make_objective
 from quiltnet.cli.options import check_options
 from quiltnet.cli.run_directory import RunDirectory, check_run_directory, create_run_directory
 from quiltnet.cli.sweep import is_trial, monitored, trial_directory
@@ -25,10 +27,19 @@ from quiltnet.distributed import barrier, is_main, on_main, rank, world_size
 from quiltnet.errors import UserError
 from quiltnet.model.contrastive import ContrastiveModel
 from quiltnet.model.folder import write_description
+from quiltnet.model.patch_dropout import set_patch_dropout
 from quiltnet.training.callbacks import Evaluate, LogMetrics, Quarantine, SaveCheckpoint
 from quiltnet.training.checkpoint import forget_after, load_checkpoint
-from quiltnet.training.engine import Callback, TrainState, build_accelerator, fit, seed_everything, start_training
+from quiltnet.training.engine import Callback, TrainState, fit, seed_everything, start_training
+from quiltnet.training.finite_check import FiniteCheck
+from quiltnet.training.gradcache import check_micro_batch_size, warn_of_batch_statistics
 from quiltnet.training.loggers import ConsoleLogger, JsonlLogger, LoggerGroup
+from quiltnet.training.objective import Objective
+from quiltnet.training.parameter_groups import group_table
+from quiltnet.training.patch_dropping import PatchDropping
+from quiltnet.training.placement import Placement, check_placement, check_towers
+from quiltnet.training.precision import build_accelerator
+from quiltnet.training.profiling import Profile
 
 _STEPS_PER_LOG_LINE = 10
 _WARMUP_SHARE = 0.05
@@ -57,7 +68,8 @@ class Parts:
     monitor: str | None
     optimizer: torch.optim.Optimizer
     schedule: Any
-    loss: Any
+    objective: Objective
+    placement: Placement
     loggers: list[Any]
     config: dict[str, Any]
 
@@ -70,28 +82,21 @@ def run_train(cfg: DictConfig) -> float | None:  # all ranks
     """
     parts = make_parts(cfg)
     run = _enter_run_directory(cfg, parts)
-    torch.manual_seed(cfg.seed + rank())  # so that dropout differs between ranks
-    state = start_training(
-        parts.model,
-        parts.optimizer,
-        parts.schedule,
-        global_batch_size=cfg.global_batch_size,
-        accelerator=parts.accelerator,
-    )
-    if run.checkpoint is not None:
-        state.load_state_dict(load_checkpoint(run.checkpoint))  # all ranks read it: the disk must be shared
-    barrier()
-    if is_main():
-        forget_after(run.checkpoints, state.samples_seen)
-        _print_plan(run, state, parts.clock, parts.loader)
+    state = _start_training(cfg, parts, run)
     logger = _start_loggers(parts, str(cfg.run_name), run, state)
     callbacks, evaluate = _make_callbacks(cfg, parts, run, logger, state)
     try:
         with closing(logger), closing(parts.loader):
             device = state.accelerator.device
-            batches = device_batches(cfg, parts.model, parts.loader, state.samples_seen, device)
-            total_samples = parts.clock.total_samples
-            fit(state, batches, parts.loss, callbacks, total_samples=total_samples, max_grad_norm=cfg.max_grad_norm)
+            fit(
+                state,
+                device_batches(cfg, parts.model, parts.loader, state.samples_seen, device),
+                parts.objective,
+                callbacks,
+                total_samples=parts.clock.total_samples,
+                max_grad_norm=cfg.max_grad_norm,
+                micro_batch_size=cfg.micro_batch_size,
+            )
     except UserError:
         if state.samples_seen == 0 and is_main():  # found by the first evaluation: nothing was trained
             shutil.rmtree(run.path)
@@ -102,12 +107,40 @@ def run_train(cfg: DictConfig) -> float | None:  # all ranks
     return evaluate.last[parts.monitor] if parts.monitor else None
 
 
+def _start_training(cfg: DictConfig, parts: Parts, run: RunDirectory) -> TrainState:  # all ranks
+    groups = group_table(parts.optimizer.param_groups)  # before they are sharded, and rates moved
+    torch.manual_seed(cfg.seed + rank())  # so that dropout differs between ranks
+    state = start_training(
+        parts.model,
+        parts.optimizer,
+        parts.schedule,
+        global_batch_size=cfg.global_batch_size,
+        accelerator=parts.accelerator,
+        placement=parts.placement,
+    )
+    if run.checkpoint is not None:
+        state.load_state_dict(load_checkpoint(run.checkpoint))  # all ranks read it: the disk must be shared
+    barrier()
+    if is_main():
+        forget_after(run.checkpoints, state.samples_seen)
+        (run.path / "parameter_groups.txt").write_text(groups + "\n", encoding="utf-8")
+        _print_plan(run, state, parts.clock, parts.loader)
+        print(groups, flush=True)
+    return state
+
+
 def make_parts(cfg: DictConfig) -> Parts:  # all ranks
     """Configs into objects."""
     _check_options(cfg)
     accelerator = build_accelerator(cfg.precision, deterministic=cfg.deterministic)
+    placement = _check_step(cfg, accelerator)
     seed_everything(cfg.seed)
     model = instantiate(cfg.model, _convert_="all")
+    check_towers(placement, model)
+    if cfg.patch_dropout:
+        set_patch_dropout(model.clip, cfg.patch_dropout)
+    if cfg.micro_batch_size is not None:
+        warn_of_batch_statistics(model, cfg.micro_batch_size)
     loader = open_loader(cfg, model)
     clock = plan_clock(cfg, loader.samples_per_epoch)
     spans = {"total_samples": clock.total_samples, "warmup_samples": clock.warmup_samples}
@@ -121,7 +154,8 @@ def make_parts(cfg: DictConfig) -> Parts:  # all ranks
         monitor=_check_monitor(cfg),
         optimizer=instantiate(cfg.optim, model, _convert_="all"),
         schedule=instantiate(cfg.schedule, **spans),
-        loss=instantiate(cfg.loss),
+        objective=make_objective(cfg, model, accelerator),
+        placement=placement,
         loggers=[],
         config=_resolved(cfg, clock),
     )
@@ -152,8 +186,15 @@ def _check_options(cfg: DictConfig) -> None:
     if not re.fullmatch(r"\w[\w.+=,-]*", str(cfg.run_name)):
         raise UserError(f"run_name={cfg.run_name!r} is a folder's name: letters, digits and . _ + = , - only")
     check_options(cfg)
-    if cfg.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("precision=fp16 needs a GPU (its gradients are scaled there); use fp32 or bf16")
+
+
+def _check_step(cfg: DictConfig, accelerator: Accelerator) -> Placement:
+    """What a step cannot do on this machine is said before the data is touched."""
+    if cfg.micro_batch_size is not None:
+        check_micro_batch_size(cfg.micro_batch_size, cfg.global_batch_size, world_size())
+    placement = instantiate(cfg.placement)
+    check_placement(placement, accelerator, cfg.precision)
+    return placement
 
 
 def _check_monitor(cfg: DictConfig) -> str | None:
@@ -221,7 +262,14 @@ def _make_callbacks(
     )
     # Last: when a checkpoint exists, so does all that was logged and measured before it.
     save = SaveCheckpoint(run.checkpoints, clock.checkpoint_every_samples, cfg.callbacks.keep_checkpoints)
-    return [log, quarantine, evaluate, save], evaluate
+    finite = FiniteCheck([clock.log_every_samples, clock.checkpoint_every_samples])
+    callbacks = [finite, log, quarantine, evaluate, save]
+    if cfg.patch_dropout:
+        until = round((1 - cfg.undropped_share) * clock.total_samples)
+        callbacks.append(PatchDropping(partial(set_patch_dropout, parts.model.clip), cfg.patch_dropout, until))
+    if cfg.profile:
+        callbacks.append(Profile(run.path / "profile"))
+    return callbacks, evaluate
 
 
 def _print_plan(run: RunDirectory, state: TrainState, clock: Clock, loader: PairLoader) -> None:

@@ -27,6 +27,9 @@ from quiltnet.distributed import is_main
 from quiltnet.errors import UserError
 from quiltnet.model.contrastive import ContrastiveModel
 from quiltnet.training.data_statistics import DataStatistics
+from quiltnet.training.overfitting import distinct_batch
+
+STORED_TEACHER = "stored"  # objective.teacher: features that lie in the shards
 
 
 def open_loader(cfg: DictConfig, model: ContrastiveModel) -> PairLoader:
@@ -41,13 +44,15 @@ def open_loader(cfg: DictConfig, model: ContrastiveModel) -> PairLoader:
     stream["cache"] = ShardCache(Path(cache), int(limit_gib * 2**30)) if cache else None
     with indexing_progress() as report:
         return build_loader(
-            _sources(train),
+            train_sources(train),
             _transform(cfg, model),
             model.batch_tokenizer(),
             global_batch_size=cfg.global_batch_size,
             seed=cfg.seed,
             choose_caption=CaptionChoice(plain(train.caption_policy), sentences=limit),
             augment=DeviceAugment(**plain(cfg.data.augment)),
+            views=2 if cfg.objective.image_image_weight else 1,
+            teacher=bool(cfg.objective.distillation_weight) and cfg.objective.teacher == STORED_TEACHER,
             workers=train.workers,
             report=report,
             stream={**stream, "allow_pipe": cfg.data.allow_pipe},
@@ -62,7 +67,10 @@ def device_batches(
     if loader.leaves_decoding:
         decoder = DeviceDecoder(device, model.image_size, interpolation=model.interpolation)
     augment = DeviceAugment(**plain(cfg.data.augment))
-    return on_device(loader.start(position), device, augment=augment, decoder=decoder)
+    batches = loader.start(position)
+    if cfg.overfit:
+        batches = distinct_batch(batches, cfg.global_batch_size)
+    return on_device(batches, device, augment=augment, decoder=decoder)
 
 
 def _transform(cfg: DictConfig, model: ContrastiveModel) -> TrainTransform:
@@ -107,7 +115,8 @@ def data_statistics(loader: PairLoader, position: int) -> DataStatistics:
     return DataStatistics(loader.samples_per_epoch, loader.seen(position), loader.source_counts)
 
 
-def _sources(train: DictConfig) -> Any:
+def train_sources(train: DictConfig) -> Any:
+    """What ``data.train`` names, as ``build_loader`` takes it."""
     given, sources = plain(train.shards), plain(train.sources)
     if bool(given) == bool(sources):
         raise UserError(

@@ -17,6 +17,7 @@ from quiltnet.data.decoding import BrokenSample
 from quiltnet.data.device_decoding import JoinedTiles
 from quiltnet.data.pairs import caption_id, id_to_int64
 from quiltnet.data.stored_pairs import StoredPair
+from quiltnet.data.teacher_features import parse_features
 from quiltnet.data.transforms import EncodedTile
 from quiltnet.errors import UserError
 
@@ -26,9 +27,17 @@ Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]  # -> (B, L) int64, (B,)
 # said.
 MAX_ATTEMPTS = 16
 
+AS_STORED = (
+    "the features of a teacher are stored for captions as they are; "
+    "use data.train.caption_policy=random, first or longest, and data.train.sentences=false"
+)
+
 # Tensors of a few bytes a pair. From worker to trainer a tensor crosses as an open file, which takes 0.3 ms and stays
 # open as long as the batch is kept; these cross by value.
-SMALL = ("image_id", "caption_id", "number", "truncated", "draws")
+SMALL = ("image_id", "caption_id", "number", "truncated", "draws", "second_draws")
+
+# What the step needs on the device; None where a run does not ask for it.
+FOR_DEVICE = ("image", "text", "draws", "second_image", "second_draws", "teacher_image", "teacher_text")
 
 SAMPLE_STREAM = 1  # second word of the key, so that orders and samples are drawn independently
 
@@ -47,6 +56,9 @@ class Batch:
         draws: (B, P) float32, what the augmentation on the device needs.
         key: B sample keys.
         rejected: (key, reason) of samples that were broken, and that others in this batch stand in for.
+        second_image, second_draws: as ``image`` and ``draws``, of a second view of each image; None where there is one.
+        teacher_image: (B, D') float32, a frozen teacher's features of the stored images, not of these views of them.
+        teacher_text: (B, D') float32, its features of these captions; both None where they are not asked for.
     """
 
     image: Tensor | JoinedTiles
@@ -58,17 +70,23 @@ class Batch:
     draws: Tensor
     key: list[str]
     rejected: list[tuple[str, str]]
+    second_image: Tensor | JoinedTiles | None = None
+    second_draws: Tensor | None = None
+    teacher_image: Tensor | None = None
+    teacher_text: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: part.numpy() if name in SMALL else part for name, part in vars(self).items()}
+        return {name: part.numpy() if _crosses_by_value(name, part) else part for name, part in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update((name, torch.from_numpy(part) if name in SMALL else part) for name, part in state.items())
+        vars(self).update(
+            (name, torch.from_numpy(part) if _crosses_by_value(name, part) else part) for name, part in state.items()
+        )
 
     def pin_memory(self) -> Batch:
         """Called by DataLoader."""
-        large = ("image", "text", "draws")  # what goes to the device
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in large})
+        parts = {name: getattr(self, name) for name in FOR_DEVICE}
+        return replace(self, **{name: part.pin_memory() for name, part in parts.items() if part is not None})
 
 
 class Transform(Protocol):
@@ -108,6 +126,8 @@ class BatchMaker:
     Attributes:
         choose_caption: captions, json of the sample, generator -> one text.
         augment: anything with ``draws`` (numbers a sample) and ``draw(rng)``; None for no augmentation on the device.
+        views: 2 decodes each image again, with draws that come after all others of its sample.
+        teacher: take the stored features of a teacher; a sample without them is broken.
     """
 
     transform: Transform
@@ -115,6 +135,8 @@ class BatchMaker:
     choose_caption: Callable[[Sequence[str], Mapping[str, Any], np.random.Generator], str]
     seed: int
     augment: Any = None
+    views: int = 1
+    teacher: bool = False
 
     @property
     def leaves_decoding(self) -> bool:
@@ -135,12 +157,11 @@ class _Draft:
     def __init__(self, maker: BatchMaker, rows: int) -> None:
         self.maker = maker
         self.generators = SampleGenerators(maker.seed)
-        self.tiles: list[EncodedTile | Tensor] = []
-        self.image = None if maker.leaves_decoding else _empty(rows, maker.transform.height, maker.transform.width)
-        self.draws = np.zeros((rows, maker.augment.draws if maker.augment else 0), np.float32)
+        self.views = [_View(maker, rows) for _ in range(maker.views)]
         self.captions: list[str] = []
         self.pairs: list[tuple[str, int]] = []  # image id and number
         self.keys: list[str] = []
+        self.taught: list[tuple[np.ndarray, np.ndarray]] = []  # features of the image and of the caption
         self.rejected: list[tuple[str, str]] = []
 
     def fill(self, row: int, position: int, supply: Supply) -> None:
@@ -161,33 +182,83 @@ class _Draft:
 
     def finish(self, lost: list[tuple[str, str]]) -> Batch:
         text, truncated = self.maker.tokenize(self.captions)
+        first, *others = self.views
+        second = {"second_image": others[0].image(), "second_draws": others[0].drawn()} if others else {}
         return Batch(
-            image=JoinedTiles.join(self.tiles) if self.image is None else self.image,
+            image=first.image(),
             text=text,
             image_id=torch.tensor([id_to_int64(image_id) for image_id, _ in self.pairs]),
             caption_id=torch.tensor([id_to_int64(caption_id(caption)) for caption in self.captions]),
             number=torch.tensor([number for _, number in self.pairs]),
             truncated=truncated,
-            draws=torch.from_numpy(self.draws),
+            draws=first.drawn(),
             key=self.keys,
             rejected=[*lost, *self.rejected],
+            **second,
+            **(self._lessons() if self.maker.teacher else {}),
         )
 
     def _put(self, row: int, stored: StoredPair, number: int, rng: np.random.Generator) -> None:
-        maker = self.maker
-        caption = maker.choose_caption(stored.captions, stored.record, rng)
+        caption = self.maker.choose_caption(stored.captions, stored.record, rng)
         try:
-            if self.image is None:
-                self.tiles.append(maker.transform.plan(stored.image, rng))
-            else:
-                maker.transform.into(stored.image, rng, self.image[row])
+            taught = _lesson(stored, caption) if self.maker.teacher else None
+            for view in self.views:
+                view.put(row, stored.image, rng)
         except BrokenSample as error:
             raise BrokenSample(error.reason, stored.key) from error
-        if maker.augment:
-            self.draws[row] = maker.augment.draw(rng)
         self.captions.append(caption)
         self.pairs.append((stored.image_id, number))
         self.keys.append(stored.key)
+        if taught is not None:
+            self.taught.append(taught)
+
+    def _lessons(self) -> dict[str, Tensor]:
+        widths = {len(image) for image, _ in self.taught}
+        if len(widths) > 1:
+            raise UserError(
+                f"the stored features of teachers are {' and '.join(map(str, sorted(widths)))} wide in one batch; "
+                "all sources need the same teacher: write their features again with `quiltnet teach`"
+            )
+        image, text = (torch.from_numpy(np.stack(part)) for part in zip(*self.taught, strict=True))
+        return {"teacher_image": image, "teacher_text": text}
+
+
+class _View:
+    """One tile of each image of a batch, and what is drawn for it."""
+
+    def __init__(self, maker: BatchMaker, rows: int) -> None:
+        self._maker = maker
+        self._tiles: list[EncodedTile | Tensor | None] = [None] * rows
+        self._pixels = None if maker.leaves_decoding else _empty(rows, maker.transform.height, maker.transform.width)
+        self._draws = np.zeros((rows, maker.augment.draws if maker.augment else 0), np.float32)
+
+    def put(self, row: int, data: bytes, rng: np.random.Generator) -> None:
+        """Raises BrokenSample."""
+        maker = self._maker
+        if self._pixels is None:
+            self._tiles[row] = maker.transform.plan(data, rng)
+        else:
+            maker.transform.into(data, rng, self._pixels[row])
+        if maker.augment:
+            self._draws[row] = maker.augment.draw(rng)
+
+    def image(self) -> Tensor | JoinedTiles:
+        return JoinedTiles.join(self._tiles) if self._pixels is None else self._pixels
+
+    def drawn(self) -> Tensor:
+        return torch.from_numpy(self._draws)
+
+
+def _lesson(stored: StoredPair, caption: str) -> tuple[np.ndarray, np.ndarray]:
+    """A teacher's features of a sample's image and of one of its captions, (D',) float32 each."""
+    if caption not in stored.captions:
+        raise UserError(f"{stored.key}: {AS_STORED}")
+    image, texts = parse_features(stored.teacher, len(stored.captions))
+    return image, texts[stored.captions.index(caption)]
+
+
+def _crosses_by_value(name: str, part: Any) -> bool:
+    return name in SMALL and part is not None
 
 
 def _empty(rows: int, height: int, width: int) -> Tensor:

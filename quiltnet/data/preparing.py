@@ -204,6 +204,7 @@ def _manifest(plan: Plan, folder: Path) -> dict[str, Any]:
         "samples_per_shard": before.get("samples_per_shard"),
         "layout": before.get("layout"),
         "totals": described,
+        **({"teacher": before["teacher"]} if "teacher" in before else {}),
         "splits": totals.splits,
         "prepared": {
             "from": _origin(plan.found),

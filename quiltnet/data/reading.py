@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from quiltnet import distributed
-from quiltnet.data.batches import Batch, BatchMaker, Tokenize, Transform
+from quiltnet.data.batches import AS_STORED, Batch, BatchMaker, Tokenize, Transform
 from quiltnet.data.captions import CaptionChoice
 from quiltnet.data.local_pairs import LocalPairs, open_local
 from quiltnet.data.remote_shards import is_remote
@@ -37,6 +37,8 @@ from quiltnet.errors import UserError
 # A loader process that is waiting (for a silent server, say) looks this often whether it is still wanted, and is given
 # so long to end by itself.
 LOOK_S, GRACE_S = 0.5, 2.0
+
+VERBATIM = ("random", "first", "longest")  # policies by which the text of a sample is one of its captions
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,8 @@ def build_loader(
     seed: int,
     choose_caption: CaptionChoice | None = None,
     augment: Any = None,
+    views: int = 1,
+    teacher: bool = False,
     workers: int = 2,
     prefetch: int = 2,
     rank: int | None = None,
@@ -175,6 +179,8 @@ def build_loader(
         global_batch_size: pairs a step over all ranks.
         choose_caption: which text of a sample is used; a random one of its captions where None.
         augment: what is drawn for the augmentation on the device, as ``DeviceAugment``.
+        views: tiles that are made of each image, 1 or 2.
+        teacher: also give the features of a teacher that are stored with the samples.
         workers: processes a rank that read and decode; 0 reads in this one.
         prefetch: batches that each worker has ready.
         rank: of this process; what torch.distributed says where None, as for ``world_size``.
@@ -195,6 +201,9 @@ def build_loader(
         )
     if seed < 0:
         raise UserError(f"seed={seed}; seeds count from 0: give a number of 0 or more")
+    choose_caption = choose_caption or CaptionChoice()
+    if teacher and (choose_caption.policy not in VERBATIM or choose_caption.sentences is not None):
+        raise UserError(AS_STORED)
     sources = shards if isinstance(shards, Mapping) else {"train": Source(shards)}
     if not sources:
         raise UserError("no source of training pairs is named; give data.train.shards, or data.train.sources")
@@ -212,7 +221,7 @@ def build_loader(
         if remote
         else open_local(sources, seed=seed, report=report)
     )
-    maker = BatchMaker(transform, tokenize, choose_caption or CaptionChoice(), seed, augment)
+    maker = BatchMaker(transform, tokenize, choose_caption, seed, augment, views, teacher)
     return PairLoader(pairs, maker, **layout, prefetch=prefetch, start_position=start_position)
 
 

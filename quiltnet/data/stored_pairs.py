@@ -17,11 +17,12 @@ from quiltnet.data.decoding import BrokenSample
 from quiltnet.data.pairs import image_id
 from quiltnet.data.shard_files import ShardFile
 from quiltnet.data.tar_index import TarIndex, open_index
+from quiltnet.data.teacher_features import TEACHER_EXTENSION
 from quiltnet.errors import UserError
 
 # npy: pixels as `quiltnet prepare --raw` keeps them.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp", "npy")
-WANTED_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, "json", "txt"))
+WANTED_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, "json", "txt", TEACHER_EXTENSION))
 
 CAPTION_PROBE = 16  # samples of a shard that are looked at before it is said to have no captions
 OPEN_INDICES = 4096  # Linux allows a process 65,530 maps
@@ -29,13 +30,15 @@ OPEN_INDICES = 4096  # Linux allows a process 65,530 maps
 
 @dataclass(frozen=True)
 class StoredPair:
-    """A sample as it lies in a shard: the bytes of an image, at least one caption, ids, and its json, if it has one."""
+    """A sample as it lies in a shard: the bytes of an image, at least one caption, ids, its json, if it has one, and
+    the bytes of a teacher's features, if it has any."""
 
     key: str
     image: bytes
     captions: list[str]
     image_id: str
     record: dict[str, Any] = field(default_factory=dict)
+    teacher: bytes = b""
 
 
 class StoredPairs:
@@ -105,7 +108,7 @@ def pair_from_members(key: str, members: Mapping[str, bytes], place: str) -> Sto
     elsewhere it is made from the place and the key.
 
     Args:
-        members: contents by extension, in lower case; those that are no image, json or txt do not matter.
+        members: contents by extension, in lower case; those that are no image, json, txt or features do not matter.
         place: ``folder/shard.tar``.
 
     Raises:
@@ -121,7 +124,8 @@ def pair_from_members(key: str, members: Mapping[str, bytes], place: str) -> Sto
         raise BrokenSample(error.reason, key) from error
     stated = record.get("image_id")
     is_ours = isinstance(stated, str) and re.fullmatch("[0-9a-f]{16}", stated)
-    return StoredPair(key, images[0], captions, stated if is_ours else image_id(f"{place}/{key}"), record)
+    named = stated if is_ours else image_id(f"{place}/{key}")
+    return StoredPair(key, images[0], captions, named, record, members.get(TEACHER_EXTENSION, b""))
 
 
 @lru_cache(maxsize=OPEN_INDICES)

@@ -35,6 +35,7 @@ def build_model(
     quick_gelu: bool | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    init_logit_bias: float | None = None,
     batchnorm: BatchNormMode = "frozen",
 ) -> ContrastiveModel:
     """Build a model by open_clip's name, or out of two towers, and load what ``pretrained`` names.
@@ -51,6 +52,8 @@ def build_model(
         image_size, context_length: override the architecture's; position embeddings of ``pretrained`` are resized.
         quick_gelu: activation of native towers; by default that of the weights.
         mean, std: per channel; by default those of the weights or of the timm tower.
+        init_logit_bias: give the model the bias that SigLIP's loss adds, with this value (-10 in Zhai et al. 2023)
+            unless the weights bring one.
         batchnorm: ``frozen`` keeps pretrained statistics in training, ``train`` updates them.
 
     Raises:
@@ -71,6 +74,8 @@ def build_model(
     else:
         plan = plan_towers(image, text, embed_dim, pretrained)
     _override(plan, image_size, context_length, quick_gelu, mean, std)
+    if init_logit_bias is not None:
+        plan.description.model_cfg["init_logit_bias"] = init_logit_bias
     model = assemble(
         plan.description,
         _tokenizer(plan),
@@ -125,7 +130,7 @@ def assemble(
     with access if names_hub else nullcontext():
         clip = model_class(**model_cfg)
     if getattr(clip, "logit_bias", None) is not None:
-        # Part of SigLIP's loss only; a parameter without a gradient would stop DDP.
+        # Part of SigLIP's loss only, whoever trains with it thaws it; a parameter without a gradient would stop DDP.
         clip.logit_bias.requires_grad_(False)
     image_size = vision_cfg.get("image_size", CLIPVisionCfg.image_size)
     _fit_image_size(clip, image_size)
@@ -142,6 +147,9 @@ def load_model_weights(model: ContrastiveModel, path: Path, *, resize_positions:
     if "positional_embedding" in weights and not hasattr(clip, "positional_embedding"):
         weights = open_clip.model.convert_to_custom_text_state_dict(weights)
     weights.pop("text.transformer.embeddings.position_ids", None)  # a buffer of transformers before 4.31
+    if getattr(clip, "logit_bias", None) is not None and "logit_bias" not in weights:
+        log.warning("%s has no logit_bias; it begins at %g", path, clip.logit_bias.item())
+        weights["logit_bias"] = clip.logit_bias.detach()
     if resize_positions:
         log.warning("position embeddings of %s are resized where the image size or context length differ", path)
         resize_pos_embed(weights, clip)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from quiltnet.model.text_forward import encode_text, padding_is_idle
 from quiltnet.model.tokenizer import BatchTokenizer, Tokenizer
+from quiltnet.model.tower_blocks import parameter_layers, tower_blocks
 
 BatchNormMode = Literal["frozen", "train"]
 
@@ -27,6 +28,23 @@ class Description:
 
     model_cfg: dict[str, Any]
     preprocess_cfg: dict[str, Any]
+
+
+class PairFeatures(NamedTuple):
+    """What a contrastive loss takes of a batch.
+
+    Attributes:
+        image_features, text_features: (B, D) float32, unit length.
+        logit_scale: ().
+        logit_bias: (), added to the logits by SigLIP's loss; None where the model has none.
+        second_image_features: (B, D) of a second view of the images; None where there is one view.
+    """
+
+    image_features: Tensor
+    text_features: Tensor
+    logit_scale: Tensor
+    logit_bias: Tensor | None = None
+    second_image_features: Tensor | None = None
 
 
 class ContrastiveModel(nn.Module):
@@ -72,9 +90,15 @@ class ContrastiveModel(nn.Module):
         """``()``: the factor of the cosine similarities."""
         return self.clip.logit_scale.exp()
 
-    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``image_features (B, D)``, ``text_features (B, D)``, ``logit_scale ()``: what a contrastive loss takes."""
-        return self.encode_image(image), self.encode_text(text), self.logit_scale
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """``()``: what SigLIP's loss adds to the logits; None where the model was built without."""
+        return getattr(self.clip, "logit_bias", None)
+
+    def forward(self, image: Tensor, text: Tensor, second_image: Tensor | None = None) -> PairFeatures:
+        """image, second_image: ``(B, 3, H, W)``; text: ``(B, L)``. All in one call, as DDP wants it of a step."""
+        second = self.encode_image(second_image) if second_image is not None else None
+        return PairFeatures(self.encode_image(image), self.encode_text(text), self.logit_scale, self.logit_bias, second)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """image: ``(B, 3, H, W)``, floats from ``transform`` or raw uint8, which is normalised here -> ``(B, D)``."""
@@ -109,6 +133,14 @@ class ContrastiveModel(nn.Module):
             asked |= {f"clip.visual.trunk.{name}" for name in trunk.no_weight_decay()}
         positions = {n for n, _ in self.named_parameters() if n.endswith(("position_embeddings.weight", "pos_embed"))}
         return asked | positions
+
+    def tower_blocks(self) -> dict[str, list[nn.Module]]:
+        """The repeated blocks of the ``image`` and the ``text`` tower, in order of depth."""
+        return tower_blocks(self.clip)
+
+    def parameter_layers(self) -> dict[str, tuple[str, int, int]]:
+        """Parameter name -> (tower, layer, layers): 0 for what embeds, ``layers`` for what projects."""
+        return parameter_layers(self.clip)
 
     def train(self, mode: bool = True) -> ContrastiveModel:
         """Training mode, except that BatchNorm keeps its pretrained statistics unless ``batchnorm="train"``.

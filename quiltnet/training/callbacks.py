@@ -66,9 +66,10 @@ class LogMetrics(Callback):
         elapsed_s = time.perf_counter() - self._start
         samples = len(self._steps) * state.global_batch_size
         waited_s = means.pop("data_wait_s") * len(self._steps)
-        del means["step_s"]
+        for name in ("step_s", "finite_features", "finite_step"):
+            del means[name]
         line = {f"train/{name}": value for name, value in means.items()}
-        line["train/learning_rate"] = state.optimizer.param_groups[0]["lr"]
+        line["train/learning_rate"] = max(group["lr"] for group in state.optimizer.param_groups)
         line["train/samples_per_s"] = samples / elapsed_s
         line["train/epoch"] = state.samples_seen / self.samples_per_epoch
         line["data/wait_share"] = waited_s / elapsed_s

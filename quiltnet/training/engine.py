@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,13 +10,18 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.profiler import record_function
 
-from quiltnet.distributed import all_gather_object, rank, world_size
+from quiltnet.distributed import all_gather_object, rank
+from quiltnet.training.full_state import full_optimizer_state, full_weights, load_optimizer_state, load_weights
+from quiltnet.training.gradcache import cached_backward
+from quiltnet.training.optim import skip_if
+from quiltnet.training.placement import Placement, place
+from quiltnet.training.precision import build_accelerator
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Schedule = Callable[[int, int], float]
 
 
@@ -26,7 +30,15 @@ class Pairs(Protocol):
 
     image: Tensor  # (B, 3, H, W) uint8
     text: Tensor  # (B, L) int64
+    second_image: Tensor | None  # (B, 3, H, W) uint8
+    image_id: Tensor  # (B,) int64
+    caption_id: Tensor  # (B,) int64
+    key: list[str]
     rejected: list[tuple[str, str]]
+
+
+# (features of this rank's pairs, the pairs) -> {"loss": (), and parts of it to be logged}
+Objective = Callable[[Any, Pairs], dict[str, Tensor]]
 
 
 @dataclass
@@ -61,16 +73,16 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:  # all ranks
         """Weights, optimiser, clock, and the random generators of every rank (dropout draws from them)."""
         return {
-            "weights": self.unwrapped.clip.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "weights": full_weights(self.model),
+            "optimizer": full_optimizer_state(self.model, self.optimizer),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             "samples_seen": self.samples_seen,
             "random": all_gather_object(_random_state()),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.unwrapped.clip.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # all ranks
+        load_weights(self.model, state["weights"])
+        load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.samples_seen = state["samples_seen"]
@@ -80,7 +92,10 @@ class TrainState:
 
 
 class Callback:
-    """``fit_start -> (train_step -> step_end) * -> fit_end``; a callback must not change the course of training."""
+    """``fit_start -> (train_step -> step_end) * -> fit_end``; a callback must not change the course of training.
+
+    ``PatchDropping`` is a part of it, as the schedule is.
+    """
 
     def fit_start(self, state: TrainState) -> None: ...
 
@@ -96,47 +111,31 @@ def start_training(
     *,
     global_batch_size: int,
     accelerator: Accelerator | None = None,
+    placement: Placement | None = None,
 ) -> TrainState:
-    """Place model and optimiser where accelerate says. Neither loader nor schedule are its business.
+    """Place model and optimiser where they belong. Neither loader nor schedule are accelerate's business.
 
     A prepared loader would be dispatched from rank 0, a prepared schedule stepped once a rank.
     """
     accelerator = accelerator or build_accelerator()
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = place(model, optimizer, accelerator, placement or Placement())
     return TrainState(model, optimizer, schedule, accelerator, global_batch_size)
 
 
-def build_accelerator(precision: str = "fp32", *, deterministic: bool = False, cpu: bool = False) -> Accelerator:
-    """accelerate's owner of device, process group and mixed precision.
+def train_step(
+    state: TrainState,
+    batch: Pairs,
+    objective: Objective,
+    *,
+    max_grad_norm: float | None = 1.0,
+    micro_batch_size: int | None = None,
+) -> dict[str, Tensor]:
+    """One update on the global batch; ``samples_seen`` moves by its size.
+
+    A step whose loss or gradients are not finite changes nothing but the clock: the optimiser finds out on the device.
 
     Args:
-        precision: ``fp32``, ``bf16`` or ``fp16`` (with a gradient scaler) for the towers; features, loss and
-            ``logit_scale`` stay float32.
-        deterministic: DDP rebuilds its gradient buckets after the first step, which changes the order of sums with
-            three ranks or more (1e-5 was seen); looking for unused parameters keeps the buckets as they are.
-            On a GPU, deterministic kernels as well.
-        cpu: stay on the CPU where there is a GPU.
-    """
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
-    # A sweep's next trial may ask for another precision; accelerate keeps the first one's for the process.
-    AcceleratorState._reset_state()
-    buckets = DistributedDataParallelKwargs(find_unused_parameters=deterministic, gradient_as_bucket_view=True)
-    # Without cpu=True on a machine that has only that, accelerate 1.15 starts the process group but leaves the model
-    # unwrapped: the ranks would train apart, without a word.
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        cpu=cpu or not torch.accelerator.is_available(),
-        kwargs_handlers=[buckets],
-    )
-    if accelerator.num_processes != world_size():
-        raise RuntimeError(f"accelerate sees {accelerator.num_processes} processes, torch.distributed {world_size()}")
-    return accelerator
-
-
-def train_step(state: TrainState, batch: Pairs, loss: Loss, *, max_grad_norm: float | None = 1.0) -> dict[str, Tensor]:
-    """One update on the global batch; ``samples_seen`` moves by its size.
+        micro_batch_size: pairs of this rank that go through the towers at once, with the gradient of the whole batch.
 
     Returns:
         Detached scalars, still on the device: reading them here would wait for it.
@@ -145,29 +144,75 @@ def train_step(state: TrainState, batch: Pairs, loss: Loss, *, max_grad_norm: fl
     factor = state.schedule(state.samples_seen, state.global_batch_size)
     for group in state.optimizer.param_groups:
         group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
-    image = batch.image.to(device, non_blocking=True)  # (B, 3, H, W)
-    text = batch.text.to(device, non_blocking=True)  # (B, L)
-    image_features, text_features, logit_scale = state.model(image, text)  # (B, D), (B, D), ()
-    value = loss(image_features, text_features, logit_scale)
-    state.accelerator.backward(value)
-    metrics = {"loss": value.detach(), "logit_scale": logit_scale.detach()}
+    parts = (batch.image, batch.text, batch.second_image)
+    inputs = tuple(part if part is None else part.to(device, non_blocking=True) for part in parts)
+
+    def measure(features: Any) -> dict[str, Tensor]:
+        return objective(features, batch)
+
+    if micro_batch_size is None:
+        values, features = _backward(state, inputs, measure)
+    else:
+        values, features = cached_backward(state.model, state.accelerator, inputs, measure, micro_batch_size)
+    towers = torch.stack([features.image_features.isfinite().all(), features.text_features.isfinite().all()])
+    metrics = {**values, "logit_scale": features.logit_scale.detach(), "finite_features": towers.all()}
+    with record_function("quiltnet.clip"):
+        metrics["grad_norm"] = _clip(state, max_grad_norm)
+    with record_function("quiltnet.optimizer"):
+        metrics["finite_step"] = _update(state, metrics["loss"], metrics["grad_norm"])
+    state.samples_seen += state.global_batch_size
+    return metrics
+
+
+def _backward(
+    state: TrainState, inputs: tuple[Tensor | None, ...], measure: Callable[[Any], dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], Any]:
+    with record_function("quiltnet.forward"):
+        features = state.model(*inputs)
+    with record_function("quiltnet.loss"):
+        values = measure(features)
+    with record_function("quiltnet.backward"):
+        state.accelerator.backward(values["loss"])
+    return {name: value.detach() for name, value in values.items()}, features
+
+
+def _clip(state: TrainState, max_grad_norm: float | None) -> Tensor:  # all ranks
+    """The norm of the gradients over all parameters, before they are scaled down to ``max_grad_norm``."""
+    state.accelerator.unscale_gradients(state.optimizer)
+    trained = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
+    # Under FSDP scalars are whole where all else is sharded, and no operation takes both.
+    sharded = [parameter for parameter in trained if isinstance(parameter, DTensor)]
+    whole = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
+    norms = [get_total_norm([parameter.grad for parameter in part]) for part in (sharded, whole) if part]
+    norm = torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).norm()
     if max_grad_norm is not None:
-        metrics["grad_norm"] = state.accelerator.clip_grad_norm_(state.model.parameters(), max_grad_norm)
+        clip_grads_with_norm_(sharded, max_grad_norm, norm)
+        clip_grads_with_norm_(whole, max_grad_norm, norm)
+    return norm
+
+
+def _update(state: TrainState, loss: Tensor, grad_norm: Tensor) -> Tensor:
+    """Whether the step was taken, on the device."""
+    finite = loss.isfinite() & grad_norm.isfinite()
+    if state.accelerator.scaler is None:  # which skips overflowing steps itself, and they are in order
+        skip_if(state.optimizer.optimizer, ~finite)
+    else:
+        finite = loss.isfinite()
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.unwrapped.clamp_logit_scale()
-    state.samples_seen += state.global_batch_size
-    return metrics
+    return finite
 
 
 def fit(
     state: TrainState,
     batches: Iterator[Pairs],
-    loss: Loss,
+    objective: Objective,
     callbacks: Sequence[Callback],
     *,
     total_samples: int,
     max_grad_norm: float | None = 1.0,
+    micro_batch_size: int | None = None,
 ) -> None:
     """Train until ``total_samples`` pairs were seen over all ranks. ``batches`` never end; the clock ends the run."""
     state.model.train()
@@ -175,9 +220,10 @@ def fit(
         callback.fit_start(state)
     while state.samples_seen < total_samples:
         asked = time.perf_counter()
-        batch = next(batches)
+        with record_function("quiltnet.data"):
+            batch = next(batches)
         waited_s = time.perf_counter() - asked
-        metrics = train_step(state, batch, loss, max_grad_norm=max_grad_norm)
+        metrics = train_step(state, batch, objective, max_grad_norm=max_grad_norm, micro_batch_size=micro_batch_size)
         metrics["data_wait_s"] = torch.tensor(waited_s)
         metrics["step_s"] = torch.tensor(time.perf_counter() - asked)
         for callback in callbacks:

@@ -1,74 +1,143 @@
-"""Parameter groups, the optimiser, and the learning rate as a function of samples seen."""
+"""The optimiser: by timm's or torch's name, over parameter groups that differ by tower and depth."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
-from dataclasses import dataclass
+import inspect
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import nn
+from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
+from torch import Tensor, nn
 
 from quiltnet.errors import UserError
+from quiltnet.training.parameter_groups import parameter_groups
+
+# CLIP's (Radford et al. 2021, table 19); torch's own are meant for smaller batches.
+_DEFAULTS = {"adamw": {"betas": (0.9, 0.98), "eps": 1e-6}}
+# Arguments of the classes that are not options: what the groups hold.
+_GIVEN = {"self", "params", "lr", "weight_decay"}
+# Where torch's one-kernel AdamW was tried; elsewhere torch chooses.
+_FUSED_DEVICES = {"cpu", "cuda"}
 
 
-def parameter_groups(
-    model: nn.Module, weight_decay: float, no_weight_decay: Collection[str] = ()
-) -> list[dict[str, Any]]:
-    """Two groups, ``decay`` and ``no_decay``.
-
-    Weight decay pulls towards zero, which means nothing for a norm's gain, a bias, ``logit_scale`` or a position
-    embedding: vectors, scalars and the names in ``no_weight_decay`` are left alone, whatever they are called.
-    """
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            exempt = parameter.ndim < 2 or name in no_weight_decay
-            groups["no_decay" if exempt else "decay"].append(parameter)
-    decays = {"decay": weight_decay, "no_decay": 0.0}
-    return [{"name": name, "params": params, "weight_decay": decays[name]} for name, params in groups.items() if params]
-
-
-def adamw(
+def build_optimizer(
     model: nn.Module,
     *,
+    name: str = "adamw",
     lr: float,
     weight_decay: float = 0.2,
-    betas: tuple[float, float] = (0.9, 0.98),
-    eps: float = 1e-6,
-) -> torch.optim.AdamW:
-    """AdamW with CLIP's betas and eps (Radford et al. 2021, table 19)."""
+    layer_decay: float = 1.0,
+    image_lr_factor: float = 1.0,
+    text_lr_factor: float = 1.0,
+    logit_scale_lr_factor: float = 1.0,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """An optimiser of the model's trainable parameters.
+
+    Args:
+        model: before it is placed: DDP, sharding and compilation rename parameters.
+        name: one of ``timm.optim.list_optimizers()``, which takes AdamW, SGD and their like from torch.
+        lr: of the heads; other arguments up to ``options`` are those of ``parameter_groups``.
+        options: the optimiser's own, such as ``betas`` and ``eps``. AdamW has CLIP's by default, and runs fused.
+
+    Raises:
+        UserError: a name or an option that does not exist (with the nearest or with those that do), a rate out of
+            range, an optimiser that is not installed; when a state is loaded, one of other parameters or groups.
+    """
+    name = _known_name(name)
     if not lr > 0:
         raise UserError(f"lr={lr} must be greater than 0; 1e-5 to 5e-5 suits full fine-tuning of a pretrained model")
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups = parameter_groups(model, weight_decay, exempt)
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps)
+    if not weight_decay >= 0:
+        raise UserError(f"weight_decay={weight_decay} must be at least 0")
+    _check_options(name, options)
+    groups = parameter_groups(
+        model,
+        lr=lr,
+        weight_decay=weight_decay,
+        layer_decay=layer_decay,
+        image_lr_factor=image_lr_factor,
+        text_lr_factor=text_lr_factor,
+        logit_scale_lr_factor=logit_scale_lr_factor,
+        matrices_apart="muon" in name,
+    )
+    plain = {option: tuple(value) if isinstance(value, list) else value for option, value in options.items()}
+    settings = {**_DEFAULTS.get(name, {}), **_fused(name, model), **plain}
+    try:
+        optimizer = create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, **settings)
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        raise UserError(f"the optimiser {name} cannot be built with {settings} ({error})") from error
+    optimizer.register_load_state_dict_pre_hook(_check_loaded)
+    return optimizer
 
 
-@dataclass(frozen=True)
-class WarmupCosine:
-    """Factor of the base learning rate: linear warm-up, then half a cosine down to ``final_factor``.
+def skip_if(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+    """Make the coming step change nothing where ``bad`` is true. Called before every step; never waits for the device.
 
-    A function of the clock alone, so a resumed run needs no scheduler state. Steps are drawn as open_clip draws them:
-    the first one trains, with ``step_samples / warmup_samples``.
+    The fused Adam and AdamW leave weights, moments and step count as they were, whatever is in the gradients. Others
+    get gradients of zero: their weight decay, momentum and step count move on, and all stays finite.
+
+    Args:
+        optimizer: not accelerate's wrapper, but its ``optimizer``.
+        bad: ``()`` bool, on the device of the parameters.
     """
+    # Not the fused SGD: a first step that is skipped leaves its momentum unwritten memory.
+    is_adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+    if is_adam and all(group["fused"] for group in optimizer.param_groups):
+        optimizer.found_inf = bad.float()  # what torch's GradScaler tells a fused optimiser
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(bad, 0)
 
-    total_samples: int
-    warmup_samples: int
-    final_factor: float = 0.0
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.warmup_samples < self.total_samples:
+def _known_name(name: str) -> str:
+    names = list_optimizers()
+    if name.lower() in names:
+        if get_optimizer_info(name).second_order:
+            raise UserError(f"the optimiser {name} needs second derivatives, which a training step does not compute")
+        return name.lower()
+    near = get_close_matches(name.lower(), names, n=3)
+    raise UserError(
+        f"there is no optimiser {name!r}; "
+        + (f"did you mean {' or '.join(near)}?" if near else "timm.optim.list_optimizers() names them")
+    )
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    try:
+        known = set(inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters) - _GIVEN
+    except (AssertionError, ImportError) as error:
+        raise UserError(f"the optimiser {name} cannot be used here ({error}); adamw always can") from error
+    for option in options:
+        if option not in known:
             raise UserError(
-                f"warmup_samples={self.warmup_samples} must be less than total_samples={self.total_samples}; "
-                "5 to 10 % of the run is usual"
+                f"the optimiser {name} has no option {option}; the options it has are {', '.join(sorted(known))}"
             )
 
-    def __call__(self, samples_seen: int, step_samples: int) -> float:
-        """Args: samples before the step, and the samples of the step (the global batch)."""
-        if samples_seen + step_samples <= self.warmup_samples:
-            return (samples_seen + step_samples) / self.warmup_samples
-        progress = (samples_seen - self.warmup_samples) / (self.total_samples - self.warmup_samples)
-        cosine = (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
-        return self.final_factor + (1 - self.final_factor) * cosine
+
+def _fused(name: str, model: nn.Module) -> dict[str, bool]:
+    """One kernel for all parameters, and a step that can be skipped on the device."""
+    is_adam = get_optimizer_class(name, bind_defaults=False) in (torch.optim.Adam, torch.optim.AdamW)
+    devices = {parameter.device.type for parameter in model.parameters()}
+    return {"fused": True} if is_adam and devices <= _FUSED_DEVICES else {}
+
+
+def _check_loaded(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """torch matches a loaded state to parameters by their order alone."""
+    ours, theirs = (_names(groups) for groups in (optimizer.param_groups, state["param_groups"]))
+    if None not in theirs and ours != theirs:
+        raise UserError(
+            f"the optimiser's state is of other parameters or groups of them ({_sizes(theirs)} tensors) than this "
+            f"run's ({_sizes(ours)}); resume with the same model and optim settings, or begin a new run"
+        )
+
+
+def _names(groups: Sequence[Mapping[str, Any]]) -> list[list[str] | None]:
+    return [group.get("param_names") for group in groups]
+
+
+def _sizes(names: Sequence[Sequence[str]]) -> str:
+    return " + ".join(str(len(group)) for group in names)

@@ -27,7 +27,7 @@ def check_faces(model, context_length: int) -> None:
     """Unit float32 features of both towers, in one space."""
     text = model.tokenize(["fatty tissue", ""])
     image = torch.randint(0, 256, (2, 3, model.image_size, model.image_size), dtype=torch.uint8)
-    image_features, text_features, logit_scale = model(image, text)
+    image_features, text_features, logit_scale, *_ = model(image, text)
     assert text.shape == (2, context_length)
     assert image_features.shape == text_features.shape
     for features in (image_features, text_features):
@@ -109,7 +109,7 @@ def test_towers_see_images_in_the_ordinary_layout():
 def test_features_are_unit_float32_under_autocast():
     model = tiny_model()
     with torch.autocast("cpu", torch.bfloat16):
-        features, _, _ = model(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), model.tokenize(["a", "b", "c"]))
+        features, *_ = model(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), model.tokenize(["a", "b", "c"]))
     assert features.dtype == torch.float32
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(3), atol=1e-6, rtol=0)
 

@@ -14,8 +14,11 @@ from quiltnet.training.callbacks import Evaluate, LogMetrics, Quarantine, evalua
 from quiltnet.training.engine import TrainState, fit, start_training
 from quiltnet.training.loggers import LoggerGroup
 from quiltnet.training.losses import InfoNCE
-from quiltnet.training.optim import adamw
+from quiltnet.training.objective import Objective
+from quiltnet.training.optim import build_optimizer
 from tests.model.towers import tiny_model
+
+OBJECTIVE = Objective(InfoNCE())
 
 
 class Recorder(list):
@@ -43,19 +46,28 @@ def batches(batch_size=4, rejected=()):
     while True:
         image = torch.randint(0, 256, (batch_size, 3, 32, 32), dtype=torch.uint8, generator=generator)
         text = torch.randint(1, 1000, (batch_size, 12), generator=generator)
-        yield SimpleNamespace(image=image, text=text, rejected=list(rejected))
+        ids = torch.arange(batch_size)
+        yield SimpleNamespace(
+            image=image,
+            text=text,
+            second_image=None,
+            image_id=ids,
+            caption_id=ids,
+            key=[f"pair-{number}" for number in range(batch_size)],
+            rejected=list(rejected),
+        )
 
 
 def new_state(**options) -> TrainState:
     model = tiny_model(**options)
-    return start_training(model, adamw(model, lr=1e-3), lambda *_: 1.0, global_batch_size=4)
+    return start_training(model, build_optimizer(model, lr=1e-3), lambda *_: 1.0, global_batch_size=4)
 
 
 def train(callbacks, steps=4, rejected=()) -> TrainState:
     torch.manual_seed(5)
     state = new_state()
     state.model.clip.visual.patch_dropout = PatchDropout(0.5)
-    fit(state, batches(rejected=rejected), InfoNCE(), callbacks, total_samples=4 * steps)
+    fit(state, batches(rejected=rejected), OBJECTIVE, callbacks, total_samples=4 * steps)
     return state
 
 
@@ -123,7 +135,7 @@ def test_a_resumed_quarantine_goes_on_counting(tmp_path):
     recorder, state = Recorder(), new_state()
     state.samples_seen = 8  # the checkpoint was made there, the run went on to 16
     again = Quarantine(path, recorder, every_samples=[4], max_fraction=1)
-    fit(state, batches(rejected=[("k", "no_image")]), InfoNCE(), [again], total_samples=16)
+    fit(state, batches(rejected=[("k", "no_image")]), OBJECTIVE, [again], total_samples=16)
     assert recorder[-1] == (16, {"data/bad_samples": 4, "data/bad_samples_no_image": 4})
 
 
@@ -141,6 +153,6 @@ def test_missing_samples_are_written_down_once(tmp_path):
 def test_scale_is_clamped_and_gradients_are_clipped():
     state = new_state()
     state.model.clip.logit_scale.data.fill_(8.0)
-    fit(state, batches(), InfoNCE(), [], total_samples=4, max_grad_norm=1e-3)
+    fit(state, batches(), OBJECTIVE, [], total_samples=4, max_grad_norm=1e-3)
     assert state.model.logit_scale.item() == pytest.approx(100)
     assert state.step == 1
