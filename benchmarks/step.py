@@ -28,8 +28,6 @@ import open_clip
 import torch
 from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
-from quiltnet.training.precision import build_accelerator
-from quiltnet.training.schedules import WarmupCosine
 from torch import Tensor
 
 from quiltnet.data.synthetic import draw_pairs
@@ -38,6 +36,8 @@ from quiltnet.training.engine import start_training, train_step
 from quiltnet.training.losses import InfoNCE
 from quiltnet.training.objective import Objective
 from quiltnet.training.optim import build_optimizer
+from quiltnet.training.precision import build_accelerator
+from quiltnet.training.schedules import WarmupCosine
 
 LR, BETAS, EPS, WEIGHT_DECAY, STEPS = 1e-5, (0.9, 0.98), 1e-6, 0.2, 10_000
 REAL_CAPTIONS = Path(__file__).parents[2] / "shared/data/quilt_like/quilt_1M_lookup.csv"
@@ -50,7 +50,7 @@ def read_captions(count: int) -> list[str]:
         with REAL_CAPTIONS.open(newline="", encoding="utf-8") as file:
             rows = [row["caption"] for row in csv.DictReader(file) if not row["image_path"].startswith("lc25000")]
     else:
-        rows = [pair.captions[0] for pair in draw_pairs(count, 32)]
+        rows = [pair.captions[0] for pair in draw_pairs(count, 48)]
     return random.Random(0).sample(rows, count)
 
 

@@ -166,12 +166,13 @@ ALLOWED: dict[str, set[str]] = {
     "training.profiling": {"distributed", "training.engine", "training.flops"},
     "training.schedules": set(),
     "training.siglip": {"distributed", "training.duplicates", "training.siglip_kernels"},
-    "training.siglip_kernels": {"distributed", "training.duplicates"},
+    "training.siglip_kernels": {"distributed", "training.duplicates", "training.kernels"},
     "training.targets": {"training.duplicates"},
     "training.teachers": set(),
     "training.triton_kernels": {"training.targets"},
     "training.callbacks": {
-        "distributed", "training.checkpoint", "training.data_statistics", "training.engine", "training.loggers"
+        "distributed", "training.checkpoint", "training.data_statistics", "training.engine", "training.flops",
+        "training.loggers"
     },
     "training.data_statistics": {"distributed"},
     "evaluation.metrics": set(),

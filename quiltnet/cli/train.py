@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from quiltnet.cli.computing import computing
 from quiltnet.cli.objective import make_objective
 from quiltnet.cli.options import check_options
 from quiltnet.cli.run_directory import RunDirectory, check_run_directory, create_run_directory
@@ -70,6 +71,7 @@ class Parts:
     schedule: Any
     objective: Objective
     placement: Placement
+    computing: dict[str, Any]
     loggers: list[Any]
     config: dict[str, Any]
 
@@ -156,6 +158,7 @@ def make_parts(cfg: DictConfig) -> Parts:  # all ranks
         schedule=instantiate(cfg.schedule, **spans),
         objective=make_objective(cfg, model, accelerator),
         placement=placement,
+        computing=computing(cfg, model, accelerator.device),
         loggers=[],
         config=_resolved(cfg, clock),
     )
@@ -245,7 +248,7 @@ def _make_callbacks(
 ) -> tuple[list[Callback], Evaluate]:
     clock = parts.clock
     statistics = data_statistics(parts.loader, state.samples_seen)
-    log = LogMetrics(logger, clock.log_every_samples, parts.loader.samples_per_epoch, statistics)
+    log = LogMetrics(logger, clock.log_every_samples, parts.loader.samples_per_epoch, statistics, **parts.computing)
     quarantine = Quarantine(
         run.quarantine,
         logger,

@@ -67,10 +67,9 @@ def device_batches(
     if loader.leaves_decoding:
         decoder = DeviceDecoder(device, model.image_size, interpolation=model.interpolation)
     augment = DeviceAugment(**plain(cfg.data.augment))
-    batches = loader.start(position)
-    if cfg.overfit:
-        batches = distinct_batch(batches, cfg.global_batch_size)
-    return on_device(batches, device, augment=augment, decoder=decoder)
+    # The one batch of overfit=true is the same after a resume.
+    batches = on_device(loader.start(0 if cfg.overfit else position), device, augment=augment, decoder=decoder)
+    return distinct_batch(batches, cfg.global_batch_size, pad_id=model.tokenize.pad_id or 0) if cfg.overfit else batches
 
 
 def _transform(cfg: DictConfig, model: ContrastiveModel) -> TrainTransform:

@@ -13,11 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quiltnet.distributed import all_gather_object, broadcast_object, is_main, mean_over_ranks, on_main
+from quiltnet.distributed import all_gather_object, broadcast_object, is_main, mean_over_ranks, on_main, world_size
 from quiltnet.errors import UserError
 from quiltnet.training.checkpoint import checkpoint_path, save_checkpoint
 from quiltnet.training.data_statistics import DataStatistics
 from quiltnet.training.engine import Callback, Pairs, TrainState
+from quiltnet.training.flops import peak_memory_gib
 from quiltnet.training.loggers import LoggerGroup, cut_after
 
 # Below this many samples one broken file is no statistic.
@@ -31,15 +32,30 @@ class Evaluator(Protocol):
 
 
 class LogMetrics(Callback):
-    """Means since the last line, over steps and ranks; the only place where training waits for the device."""
+    """Means since the last line, over steps and ranks; training waits for the device here, and at these clocks only.
+
+    Args:
+        data: what is told of the pairs.
+        flops: of a pair, by the length of its batch's texts; None to leave rates of computing out.
+        peak: FLOP/s of a device at most, where that is known.
+    """
 
     def __init__(
-        self, logger: LoggerGroup, every_samples: int, samples_per_epoch: int, data: DataStatistics | None = None
+        self,
+        logger: LoggerGroup,
+        every_samples: int,
+        samples_per_epoch: int,
+        data: DataStatistics | None = None,
+        *,
+        flops: Mapping[int, float] | None = None,
+        peak: float | None = None,
     ) -> None:
         self.logger = logger
         self.every_samples = every_samples
         self.samples_per_epoch = samples_per_epoch
         self.data = data
+        self.flops = flops
+        self.peak = peak
 
     def fit_start(self, state: TrainState) -> None:
         self._steps: list[dict[str, Tensor]] = []
@@ -48,6 +64,8 @@ class LogMetrics(Callback):
         if not self._steps:
             # From the asking for the first batch: what other callbacks did in between is not training time.
             self._start = time.perf_counter() - metrics["step_s"].item()
+        if self.flops is not None:
+            metrics = {**metrics, "flops": torch.tensor(self.flops[batch.text.shape[1]])}
         self._steps.append(metrics)
         if self.data is not None:
             self.data.add(batch)
@@ -68,9 +86,16 @@ class LogMetrics(Callback):
         waited_s = means.pop("data_wait_s") * len(self._steps)
         for name in ("step_s", "finite_features", "finite_step"):
             del means[name]
+        flops = means.pop("flops", None)
         line = {f"train/{name}": value for name, value in means.items()}
         line["train/learning_rate"] = max(group["lr"] for group in state.optimizer.param_groups)
         line["train/samples_per_s"] = samples / elapsed_s
+        if flops is not None:  # of each device, and useful ones: what is computed again does not count
+            per_s = flops * samples / elapsed_s / world_size()
+            line["train/tflops_per_s"] = per_s / 1e12
+            if self.peak is not None:
+                line["train/mfu"] = per_s / self.peak
+        line["train/peak_memory_gib"] = peak_memory_gib(device)
         line["train/epoch"] = state.samples_seen / self.samples_per_epoch
         line["data/wait_share"] = waited_s / elapsed_s
         if self.data is not None:

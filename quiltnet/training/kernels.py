@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from quiltnet.training.targets import PairTargets, Targets, pair_targets
 
 # Of one buffer of a chunk.
 _TILE_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
+_ROWS_WITHOUT_TILE = 4096
 _CHUNK_ROWS = (32, 1024)  # fewer would waste the matrix product, more gain nothing
 
 
@@ -130,7 +132,7 @@ class _StreamedCrossEntropy(torch.autograd.Function):
         needs_image, needs_text, needs_scale, *_ = ctx.needs_input_grad
         factor = upstream * ctx.factor
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        with torch.autocast(image.device.type, enabled=False):
+        with in_full_precision(image.device.type):
             for_image, for_text = _similarity_gradients(ctx, needs_image or needs_scale, needs_text)
             if needs_scale:  # the sum of G_ij c_ij over this rank's rows
                 partial = torch.linalg.vecdot(for_image, image.to(for_image.dtype)).sum()
@@ -162,7 +164,7 @@ def log_sum_exps(
         torch.zeros(len(all_text), dtype=wide, device=image.device),
     )
     row, row_loss = torch.empty((2, len(image)), dtype=wide, device=image.device)
-    with torch.autocast(image.device.type, enabled=False):
+    with in_full_precision(image.device.type):
         for chunk, tiles in _chunks(image, all_text, chunk_size, operations.forward_tiles):
             row[chunk], row_loss[chunk] = operations.forward(
                 image[chunk], all_text, scale, first + chunk.start, targets, columns, tiles
@@ -289,11 +291,24 @@ def _chunks(
     if chunk_size is None:
         bytes_of_tile = _TILE_BYTES["cpu" if image.device.type == "cpu" else "cuda"]
         fitting = bytes_of_tile // (max(len(all_text), 1) * wide.itemsize)
-        chunk_size = min(max(fitting, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
+        # Without a tile to hold, few launches are better.
+        chunk_size = min(max(fitting, _CHUNK_ROWS[0]), _CHUNK_ROWS[1]) if tiles else _ROWS_WITHOUT_TILE
     chunk_size = min(chunk_size, len(image))
     buffers = [torch.empty((chunk_size, len(all_text)), dtype=wide, device=image.device) for _ in range(tiles)]
     for start in range(0, len(image), max(chunk_size, 1)):
         yield slice(start, min(start + chunk_size, len(image))), buffers
+
+
+@contextmanager
+def in_full_precision(device_type: str) -> Iterator[None]:
+    """Products of float32 as they are, whatever the towers compute in: not under autocast, not in TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _accumulating(image: Tensor, text: Tensor) -> torch.dtype:
@@ -302,9 +317,9 @@ def _accumulating(image: Tensor, text: Tensor) -> torch.dtype:
 
 
 def _operations(image: Tensor, all_text: Tensor, targets: Targets) -> Operations:
-    of_kernel = image.is_cuda and isinstance(targets, PairTargets) and image.dtype == all_text.dtype != torch.float64
-    if of_kernel and importlib.util.find_spec("triton") is not None:
+    if image.is_cuda and isinstance(targets, PairTargets) and importlib.util.find_spec("triton") is not None:
         from quiltnet.training import triton_kernels
 
-        return Operations(triton_kernels.forward_chunk, triton_kernels.gradient_chunk, 0, 1)
+        if triton_kernels.supports(image, all_text):
+            return Operations(triton_kernels.forward_chunk, triton_kernels.gradient_chunk, 0, 1)
     return Operations(forward_chunk, gradient_chunk, 2, 2)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quiltnet.distributed import world_size
 from quiltnet.training.duplicates import Duplicates, all_if_none, check_options, draw_kept, require_ids, sharing
-from quiltnet.training.siglip_kernels import softplus, streamed_siglip
+from quiltnet.training.siglip_kernels import streamed_siglip
 
 
 def siglip(
@@ -49,7 +50,7 @@ def siglip(
     label = label * (1 - label_smoothing) + label_smoothing / 2
     logits = logit_scale * cosine + logit_bias
     raised = logits + hardness * cosine.detach().masked_fill(same, 0)
-    losses = softplus(raised) - label * logits
+    losses = F.softplus(raised, threshold=40) - label * logits  # torch's own 20 is off by exp(-20)
     return losses.masked_fill(~takes_part, 0).sum() / kept.sum()
 
 

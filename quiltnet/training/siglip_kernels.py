@@ -3,7 +3,7 @@
 A sigmoid has no normaliser, so the gradient of a logit is known as soon as the logit is: loss and gradients come out of
 one pass over this rank's images and the captions of all ranks, in three matrix products. The captions' gradient is
 summed over ranks in the backward pass (reduce-scatter), so that a forward pass alone does not pay. The torch path
-serves every device and type.
+serves every device and type, CUDA too.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quiltnet.distributed import gather_rows, rank, reduce_scatter_rows, world_size
-from quiltnet.training.duplicates import Duplicates, all_if_none, require_ids, sharing
+from quiltnet.training.duplicates import Duplicates, all_if_none, require_ids, sharing, sharing_counts
+from quiltnet.training.kernels import in_full_precision
 
 _TILE_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}  # of one buffer of a chunk
 _CHUNK_ROWS = (32, 1024)
@@ -31,6 +31,7 @@ class Labels:
     Attributes:
         duplicates, label_smoothing, hardness: see ``quiltnet.training.siglip.siglip``.
         image_id, caption_id: ``(N,)`` int64; None where duplicates are ignored.
+        sharing_counts: ``(N,)`` int64, with how many pairs each shares, itself among them; likewise.
         kept: ``(N,)`` bool, captions that take part; None for all.
     """
 
@@ -39,12 +40,37 @@ class Labels:
     hardness: float = 0.0
     image_id: Tensor | None = None
     caption_id: Tensor | None = None
+    sharing_counts: Tensor | None = None
     kept: Tensor | None = None
 
-    @property
-    def are_plain(self) -> bool:
-        """Whether a pair is positive with itself alone, and nothing else is asked for."""
-        return self.duplicates == "ignore" and not self.label_smoothing and not self.hardness and self.kept is None
+    def partners(self, own: slice) -> tuple[Tensor, Tensor]:
+        """Which of these rows share with other pairs ``(p,)``, and with which ``(p, N)`` bool."""
+        counts = self.sharing_counts[own]
+        if counts.device.type == "cpu":
+            rows = (counts > 1).nonzero().squeeze(1)
+        else:  # to ask for fewer would wait for the device
+            rows = torch.arange(len(counts), device=counts.device)
+        pairs = own.start + rows
+        shared = sharing(self.image_id[pairs], self.caption_id[pairs], self.image_id, self.caption_id)
+        shared[torch.arange(len(pairs), device=pairs.device), pairs] = False
+        return rows, shared
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass over the logits of these rows gives; G is the gradient of ``loss`` by the logits ``(B, N)``.
+
+    Attributes:
+        loss: (), the sum over all pairs.
+        for_image: (B, D), G y; for_text: (N, D), G^T x; for_scale: (), the sum of G times cosines; for_bias: (), that
+            of G. None where nobody asked for it.
+    """
+
+    loss: Tensor
+    for_image: Tensor | None = None
+    for_text: Tensor | None = None
+    for_scale: Tensor | None = None
+    for_bias: Tensor | None = None
 
 
 def streamed_siglip(
@@ -78,13 +104,18 @@ def streamed_siglip(
     """
     require_ids(duplicates, image_id, caption_id)
     sizes = [len(image_features)] * world_size() if sizes is None else list(sizes)
+    counts = None
     if duplicates == "ignore":
         image_id = caption_id = None
     else:
         image_id, caption_id = gather_rows(image_id, sizes), gather_rows(caption_id, sizes)
+        counts = sharing_counts(image_id, caption_id)
     kept = None if kept is None else all_if_none(kept)
-    labels = Labels(duplicates, label_smoothing, hardness, image_id, caption_id, kept)
-    return _StreamedSigLIP.apply(image_features, text_features, logit_scale, logit_bias, labels, sizes, chunk_size)
+    labels = Labels(duplicates, label_smoothing, hardness, image_id, caption_id, counts, kept)
+    inputs = (image_features, text_features, logit_scale, logit_bias)
+    # Asked here: inside the function gradients are off, and a parameter says yes under no_grad too.
+    needs = tuple(torch.is_grad_enabled() and part.requires_grad for part in inputs)
+    return _StreamedSigLIP.apply(*inputs, labels, sizes, chunk_size, needs)
 
 
 class _StreamedSigLIP(torch.autograd.Function):
@@ -98,33 +129,33 @@ class _StreamedSigLIP(torch.autograd.Function):
         labels: Labels,
         sizes: list[int],
         chunk_size: int | None,
+        needs: tuple[bool, ...],
     ) -> Tensor:
         wide = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
-        with torch.autocast(image.device.type, enabled=False):
-            x, y = image.to(wide), gather_rows(text, sizes).to(wide)  # (B, D), (N, D)
-            found = _one_pass(x, y, scale, bias, labels, sum(sizes[: rank()]), chunk_size, any(ctx.needs_input_grad))
+        with in_full_precision(image.device.type):
+            all_text = gather_rows(text, sizes)  # (N, D)
+            given = (part.to(wide) for part in (image, all_text, scale, bias))
+            found = _one_pass(*given, labels, sum(sizes[: rank()]), chunk_size, needs)
         counted = sum(sizes) if labels.kept is None else labels.kept.sum(dtype=wide)
-        ctx.factor, ctx.sizes, ctx.dtypes = world_size() / counted, sizes, (image.dtype, text.dtype)
-        loss, *gradients = found
-        ctx.save_for_backward(scale, *gradients)
-        return loss * ctx.factor
+        ctx.factor, ctx.sizes = world_size() / counted, sizes
+        ctx.dtypes = [part.dtype for part in (image, text, scale, bias)]
+        ctx.save_for_backward(scale, found.for_image, found.for_text, found.for_scale, found.for_bias)
+        return found.loss * ctx.factor
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scale, for_image, for_text, for_scale, for_bias = ctx.saved_tensors
+        scale, *found = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
         factor = upstream * ctx.factor
-        needs_image, needs_text, needs_scale, needs_bias, *_ = ctx.needs_input_grad
-        own = reduce_scatter_rows(for_text, ctx.sizes) if needs_text else None
-        return (
-            (for_image * (factor * scale)).to(ctx.dtypes[0]) if needs_image else None,
-            (own * (factor * scale)).to(ctx.dtypes[1]) if needs_text else None,
-            (for_scale * factor).to(scale.dtype) if needs_scale else None,
-            (for_bias * factor).to(scale.dtype) if needs_bias else None,
-            None,
-            None,
-            None,
-        )
+        if needs[1]:
+            found[1] = reduce_scatter_rows(found[1], ctx.sizes)
+        factors = (factor * scale, factor * scale, factor, factor)
+        gradients = [
+            (part * of_part).to(dtype) if needed else None
+            for part, of_part, dtype, needed in zip(found, factors, ctx.dtypes, needs, strict=True)
+        ]
+        return (*gradients, None, None, None, None)
 
 
 def _one_pass(
@@ -135,69 +166,115 @@ def _one_pass(
     labels: Labels,
     first: int,
     chunk_size: int | None,
-    with_gradients: bool,
-) -> tuple[Tensor, ...]:
-    """The sum of losses of all pairs of these rows; and G y ``(B, D)``, G^T x ``(N, D)``, sum G c, sum G.
-
-    G is the gradient of that sum by the logits ``(B, N)``, c are the cosines.
-    """
-    losses = x.new_zeros(len(x))
-    for_image, for_text, for_bias = torch.zeros_like(x), torch.zeros_like(y), x.new_zeros(())
-    size = _chunk_size(x, y) if chunk_size is None else chunk_size
-    tiles = [x.new_empty((min(size, len(x)), len(y))) for _ in range(2)]
-    measure = _plain if labels.are_plain else _labelled
+    needs: tuple[bool, ...],
+) -> Pass:
+    """Of images x ``(B, D)``, the pairs ``first`` to ``first + B``, and captions y ``(N, D)``."""
+    losses, bias_sums = torch.zeros((2, len(x)), dtype=x.dtype, device=x.device)
+    for_image = torch.empty_like(x) if needs[0] or needs[2] else None
+    for_text = torch.zeros_like(y) if needs[1] else None
+    size = min(_chunk_size(x, y) if chunk_size is None else chunk_size, max(len(x), 1))
+    buffers = [x.new_empty((size, len(y))) for _ in range(2)]
     for start in range(0, len(x), size):
         chunk = slice(start, min(start + size, len(x)))
-        losses[chunk], gradient = measure(x[chunk], y, scale, bias, labels, first + start, tiles)
-        if with_gradients:
+        tiles = [buffer[: chunk.stop - start] for buffer in buffers]
+        losses[chunk], gradient = _chunk(x[chunk], y, scale, bias, labels, first + start, tiles, any(needs))
+        if for_image is not None:
             torch.mm(gradient, y, out=for_image[chunk])
+        if for_text is not None:
             for_text.addmm_(gradient.T, x[chunk])
-            for_bias += gradient.sum()
-    for_scale = torch.linalg.vecdot(for_image, x).sum()
-    return losses.sum(), for_image, for_text, for_scale, for_bias
+        if needs[3]:
+            torch.sum(gradient, 1, out=bias_sums[chunk])
+    for_scale = torch.linalg.vecdot(for_image, x).sum() if needs[2] else None
+    for_bias = bias_sums.sum() if needs[3] else None
+    return Pass(losses.sum(), for_image if needs[0] else None, for_text, for_scale, for_bias)
 
 
-def _plain(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, labels: Labels, first: int, tiles: Sequence[Tensor]
+def _chunk(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    labels: Labels,
+    first: int,
+    tiles: Sequence[Tensor],
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Losses ``(n,)`` and gradients ``(n, N)`` of the pairs ``first`` to ``first + n``: no copy of a tile is made."""
-    logits, gradient = (tile[: len(x)] for tile in tiles)
-    torch.mm(x * scale, y.T, out=logits).add_(bias)
-    own = logits.diagonal(first).clone()
-    torch.sigmoid(logits, out=gradient).diagonal(first).sub_(1)
-    # softplus(-z) of the pair itself, as it is: softplus(z) - z would lose it.
-    losses = softplus(logits)
-    losses.diagonal(first).copy_(softplus(-own))
-    return losses.sum(1), gradient
+    """Losses ``(n,)`` and gradients ``(n, N)`` of the pairs ``first`` to ``first + n``, both tiles being overwritten.
+
+    With w the raised logit of a negative, minus the logit of a positive (softplus(z) - z would lose softplus(-z) in
+    float32), and -inf where a pair does not take part, a loss is softplus(w) and its gradient sigmoid(w), but for the
+    sign of positives and for smoothing.
+    """
+    logits, gradient = tiles
+    raised = scale + labels.hardness
+    torch.mm(x * raised, y.T, out=logits).add_(bias)
+    rows = _Rows(labels, slice(first, first + len(x)))
+    of_own = torch.linalg.vecdot(x, y[rows.own]) * scale + bias  # (n,)
+    of_partners = None if rows.partnered is None else logits[rows.partnered]  # (p, N)
+    if of_partners is not None and labels.hardness:
+        of_partners.sub_(bias).mul_(scale / raised).add_(bias)
+    smoothed = rows.smoothed(x, y, scale, bias, of_own, of_partners) if labels.label_smoothing else 0
+    rows.place_(logits, of_own, of_partners)
+    losses = torch.clamp_min(logits, 0, out=gradient).sum(1) - smoothed
+    if with_gradient:
+        rows.finish_(torch.sigmoid(logits, out=gradient))
+    return losses + _log1p_sums_(logits.abs_().neg_().exp_()), gradient
 
 
-def _labelled(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, labels: Labels, first: int, tiles: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """As ``_plain``, by the definition, for all options."""
-    rows = torch.arange(first, first + len(x), device=x.device)  # (n,)
-    own = rows[:, None] == torch.arange(len(y), device=x.device)  # (n, N)
-    same = own
-    if labels.duplicates != "ignore":
-        ids = labels.image_id, labels.caption_id
-        same = sharing(*(part[rows] for part in ids), *ids) | own
-    positive = same if labels.duplicates == "positive" else own
-    left_out = same & ~own if labels.duplicates == "mask" else torch.zeros_like(own)
-    if labels.kept is not None:
-        left_out = left_out | ~labels.kept
-    cosine = torch.mm(x, y.T, out=tiles[0][: len(x)])
-    logits = scale * cosine + bias
-    raised = logits + labels.hardness * cosine.masked_fill(same, 0)
-    target = labels.label_smoothing / 2
-    as_positive, as_negative = softplus(-logits) + target * logits, softplus(raised) - target * logits
-    losses = torch.where(positive, as_positive, as_negative).masked_fill_(left_out, 0).sum(1)
-    gradient = torch.sigmoid(raised) - target - positive.to(x.dtype) * (1 - 2 * target)
-    return losses, gradient.masked_fill_(left_out, 0)
+class _Rows:
+    """What the labels say of the pairs ``own``, as images."""
+
+    def __init__(self, labels: Labels, own: slice) -> None:
+        self.labels = labels
+        self.own = own
+        self.partnered, self.shared = (None, None) if labels.duplicates == "ignore" else labels.partners(own)
+
+    def smoothed(
+        self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, of_own: Tensor, of_partners: Tensor | None
+    ) -> Tensor:
+        """What smoothing takes from each row's loss: e/2 times the sum of logits, those of positives with a minus."""
+        kept = torch.ones_like(y[:, 0]) if self.labels.kept is None else self.labels.kept.to(y.dtype)
+        total = x @ (scale * (kept @ y)) + bias * kept.sum() - 2 * of_own * kept[self.own]
+        if of_partners is not None:
+            times = 2 if self.labels.duplicates == "positive" else 1  # turned round, or taken out
+            total.index_add_(0, self.partnered, (of_partners * self.shared) @ kept, alpha=-times)
+        return total * (self.labels.label_smoothing / 2)
+
+    def place_(self, logits: Tensor, of_own: Tensor, of_partners: Tensor | None) -> None:
+        """In place: raised logits of negatives -> w of ``_chunk``."""
+        logits.diagonal(self.own.start).copy_(-of_own)
+        if self.labels.duplicates == "mask":
+            logits[self.partnered] = logits[self.partnered].masked_fill_(self.shared, -torch.inf)
+        elif self.labels.duplicates == "positive":
+            logits[self.partnered] = torch.where(self.shared, -of_partners, logits[self.partnered])
+        if self.labels.kept is not None:
+            logits.masked_fill_(~self.labels.kept, -torch.inf)
+
+    def finish_(self, sigmoid: Tensor) -> None:
+        """In place: sigmoid of w -> gradient by the logits."""
+        labels = self.labels
+        if labels.label_smoothing:
+            half = sigmoid.new_full((), labels.label_smoothing / 2)
+            sigmoid.sub_(half if labels.kept is None else half * labels.kept)
+        sigmoid.diagonal(self.own.start).neg_()
+        if labels.duplicates == "positive":
+            partnered = sigmoid[self.partnered]
+            sigmoid[self.partnered] = torch.where(self.shared, -partnered, partnered)
+        elif labels.duplicates == "mask" and labels.label_smoothing:
+            sigmoid[self.partnered] = sigmoid[self.partnered].masked_fill_(self.shared, 0)
 
 
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)); from torch's default threshold of 20 on it would be off by exp(-20)."""
-    return F.softplus(x, threshold=40)
+def _log1p_sums_(powers: Tensor) -> Tensor:
+    """Sum of log(1 + u) over each row of ``(n, N)`` u in [0, 1], which is overwritten -> ``(n,)``.
+
+    A logarithm for each pair would cost as much time on a CPU as one of the matrix products. (1 + u)(1 + v) is
+    1 + (u + v + uv), and nothing is lost in a sum of positive terms: so rows are folded to a 16th of their length first.
+    """
+    for _ in range(4):
+        half = powers.shape[1] // 2
+        powers, other = powers[:, : powers.shape[1] - half], powers[:, powers.shape[1] - half :]
+        powers[:, :half].addcmul_(powers[:, :half], other).add_(other)
+    return powers.log1p().sum(1)
 
 
 def _chunk_size(x: Tensor, y: Tensor) -> int:
