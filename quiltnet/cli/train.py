@@ -145,6 +145,7 @@ def make_parts(cfg: DictConfig) -> Parts:  # all ranks
         warn_of_batch_statistics(model, cfg.micro_batch_size)
     loader = open_loader(cfg, model)
     clock = plan_clock(cfg, loader.samples_per_epoch)
+    objective = make_objective(cfg, model, accelerator)  # before the optimiser: it may thaw the model's bias
     spans = {"total_samples": clock.total_samples, "warmup_samples": clock.warmup_samples}
     evaluators = {name: instantiate(evaluator, _convert_="all") for name, evaluator in cfg.evaluator.items()}
     return Parts(
@@ -156,7 +157,7 @@ def make_parts(cfg: DictConfig) -> Parts:  # all ranks
         monitor=_check_monitor(cfg),
         optimizer=instantiate(cfg.optim, model, _convert_="all"),
         schedule=instantiate(cfg.schedule, **spans),
-        objective=make_objective(cfg, model, accelerator),
+        objective=objective,
         placement=placement,
         computing=computing(cfg, model, accelerator.device),
         loggers=[],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -35,6 +36,7 @@ def build_model(
     quick_gelu: bool | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    init_logit_scale: float | None = None,
     init_logit_bias: float | None = None,
     batchnorm: BatchNormMode = "frozen",
 ) -> ContrastiveModel:
@@ -52,6 +54,8 @@ def build_model(
         image_size, context_length: override the architecture's; position embeddings of ``pretrained`` are resized.
         quick_gelu: activation of native towers; by default that of the weights.
         mean, std: per channel; by default those of the weights or of the timm tower.
+        init_logit_scale: the factor itself, not its logarithm; by default open_clip's 1 / 0.07. SigLIP began at 10.
+            Weights of the whole model bring their own.
         init_logit_bias: give the model the bias that SigLIP's loss adds, with this value (-10 in Zhai et al. 2023)
             unless the weights bring one.
         batchnorm: ``frozen`` keeps pretrained statistics in training, ``train`` updates them.
@@ -74,8 +78,7 @@ def build_model(
     else:
         plan = plan_towers(image, text, embed_dim, pretrained)
     _override(plan, image_size, context_length, quick_gelu, mean, std)
-    if init_logit_bias is not None:
-        plan.description.model_cfg["init_logit_bias"] = init_logit_bias
+    _initialise_logits(plan, init_logit_scale, init_logit_bias)
     model = assemble(
         plan.description,
         _tokenizer(plan),
@@ -177,6 +180,23 @@ def _override(
         model_cfg["vision_cfg"]["image_size"] = image_size
     if context_length is not None:
         model_cfg["text_cfg"]["context_length"] = context_length
+
+
+def _initialise_logits(plan: Plan, init_logit_scale: float | None, init_logit_bias: float | None) -> None:
+    if init_logit_scale is not None:
+        if not 1 <= init_logit_scale <= 100:
+            raise UserError(
+                f"init_logit_scale={init_logit_scale} is the factor of the cosines, which training keeps from 1 to 100;"
+                " CLIP began at 14.3, SigLIP at 10"
+            )
+        if plan.weights is not None:
+            raise UserError(
+                f"init_logit_scale={init_logit_scale} was asked for, but the weights {plan.weights} bring their own "
+                "logit_scale; leave one of them out"
+            )
+        plan.description.model_cfg["init_logit_scale"] = math.log(init_logit_scale)
+    if init_logit_bias is not None:
+        plan.description.model_cfg["init_logit_bias"] = init_logit_bias
 
 
 def _text_tower_source(name_or_folder: str) -> str:

@@ -199,11 +199,11 @@ def _chunk(
     tiles: Sequence[Tensor],
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Losses ``(n,)`` and gradients ``(n, N)`` of the pairs ``first`` to ``first + n``, both tiles being overwritten.
+    """Losses ``(n,)`` of the pairs ``first`` to ``first + n``, and their gradients ``(n, N)`` if asked for.
 
     With w the raised logit of a negative, minus the logit of a positive (softplus(z) - z would lose softplus(-z) in
     float32), and -inf where a pair does not take part, a loss is softplus(w) and its gradient sigmoid(w), but for the
-    sign of positives and for smoothing.
+    sign of positives and for smoothing. Both tiles are overwritten; the gradients are in the second.
     """
     logits, gradient = tiles
     raised = scale + labels.hardness
@@ -218,7 +218,7 @@ def _chunk(
     losses = torch.clamp_min(logits, 0, out=gradient).sum(1) - smoothed
     if with_gradient:
         rows.finish_(torch.sigmoid(logits, out=gradient))
-    return losses + _log1p_sums_(logits.abs_().neg_().exp_()), gradient
+    return losses + log1p_sums_(logits.abs_().neg_().exp_()), gradient
 
 
 class _Rows:
@@ -264,11 +264,11 @@ class _Rows:
             sigmoid[self.partnered] = sigmoid[self.partnered].masked_fill_(self.shared, 0)
 
 
-def _log1p_sums_(powers: Tensor) -> Tensor:
+def log1p_sums_(powers: Tensor) -> Tensor:
     """Sum of log(1 + u) over each row of ``(n, N)`` u in [0, 1], which is overwritten -> ``(n,)``.
 
-    A logarithm for each pair would cost as much time on a CPU as one of the matrix products. (1 + u)(1 + v) is
-    1 + (u + v + uv), and nothing is lost in a sum of positive terms: so rows are folded to a 16th of their length first.
+    A logarithm for each pair would cost a CPU nearly as much time as one of the matrix products. (1 + u)(1 + v) is
+    1 + (u + v + uv), and a sum of positive terms loses nothing: so rows are folded to a 16th of their length first.
     """
     for _ in range(4):
         half = powers.shape[1] // 2

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from quiltnet.errors import UserError
-from quiltnet.model.assembly import assemble, build_model, load_folder
+from quiltnet.model.assembly import build_model, load_folder
 from quiltnet.model.folder import WEIGHTS_NAME, write_description
 from tests.model.towers import TINY_IMAGE, TINY_TEXT, TINY_VIT, bert_folder, tiny_model
 
@@ -196,6 +196,7 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path):
         ({"architecture": "coca_ViT-B-32"}, "choose a CLIP architecture"),
         ({"architecture": "ViT-B-32", "embed_dim": 7}, "for two towers"),
         ({"architecture": "ViT-B-32", "mean": [0.5]}, "three numbers"),
+        ({"architecture": "ViT-B-32", "init_logit_scale": 0.07}, "from 1 to 100"),
         ({"image": {**TINY_IMAGE, "pretrained": True}, "text": TINY_TEXT, "embed_dim": 8}, "takes a path"),
         ({"image": TINY_VIT, "text": {**TINY_TEXT, "pretrained": True}, "embed_dim": 8}, "takes a path"),
         (
@@ -246,11 +247,43 @@ def test_options_of_a_tokenizer_reach_it(tmp_path):
     torch.testing.assert_close(model.tokenize(["H&E, a gland."]), model.tokenize(["he a gland"]))
 
 
-def test_a_bias_that_no_loss_uses_asks_for_no_gradient():
-    model = tiny_model()
-    model.description.model_cfg["init_logit_bias"] = -10
-    with_bias = assemble(model.description, model.tokenize)
-    assert not with_bias.clip.logit_bias.requires_grad
+def test_a_model_for_siglip_is_exported_and_loaded_as_it_was_trained(tmp_path):
+    model = tiny_model(init_logit_scale=10, init_logit_bias=-10)
+    assert model.logit_scale.item() == pytest.approx(10)
+    assert model.logit_bias.item() == -10
+    assert not model.logit_bias.requires_grad  # until a loss that uses it is trained
+    model.logit_bias.data.fill_(-7)
+    write_description(model, tmp_path)
+    save_file(model.clip.state_dict(), tmp_path / WEIGHTS_NAME)
+    loaded = load_folder(tmp_path)
+    torch.testing.assert_close(loaded.clip.state_dict(), model.clip.state_dict(), rtol=0, atol=0)
+    assert loaded.description.model_cfg == model.description.model_cfg
+    assert load_folder(tmp_path).logit_bias.item() == -7
+    assert tiny_model().logit_bias is None
+
+
+def test_weights_without_a_bias_begin_with_the_one_asked_for(tmp_path, caplog):
+    file = tmp_path / "clip.safetensors"
+    save_file(tiny_model().clip.state_dict(), file)
+    model = tiny_model(pretrained=str(file), init_logit_bias=-10)
+    assert model.logit_bias.item() == -10
+    assert "has no logit_bias; it begins at -10" in caplog.text
+
+
+def test_weights_with_a_bias_keep_it(tmp_path, caplog):
+    file = tmp_path / "siglip.safetensors"
+    save_file(tiny_model(init_logit_bias=-7).clip.state_dict(), file)
+    assert tiny_model(pretrained=str(file), init_logit_bias=-10).logit_bias.item() == -7
+    assert not caplog.text
+    with pytest.raises(UserError, match="logit_bias: only in the weights"):
+        tiny_model(pretrained=str(file))
+
+
+def test_weights_bring_their_own_scale(tmp_path):
+    file = tmp_path / "clip.safetensors"
+    save_file(tiny_model().clip.state_dict(), file)
+    with pytest.raises(UserError, match=r"init_logit_scale=10 was asked for.*leave one of them out"):
+        tiny_model(pretrained=str(file), init_logit_scale=10)
 
 
 def test_quickgelu_follows_the_weights(monkeypatch, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,16 +30,15 @@ from tests.ranks import run_ranks
 
 CONFIGS = sorted((ROOT / "conf" / "placement").glob("*.yaml"))
 STEPS, SAVED_AT = 5, 3
+LR = 3e-4
 PLACEMENTS = {
     "ddp": Placement(),
     "fsdp": Placement(sharding="fsdp"),
-    "ddp checkpointed": Placement(activation_checkpointing=True),
     "fsdp checkpointed": Placement(sharding="fsdp", activation_checkpointing=True),
     "ddp compressed": Placement(gradient_compression=True),
-    "ddp compiled": Placement(compile=True),
-    "fsdp compiled checkpointed": Placement(sharding="fsdp", activation_checkpointing=True, compile=True),
+    "ddp compiled checkpointed": Placement(activation_checkpointing=True, compile=True),
+    "fsdp compiled": Placement(sharding="fsdp", compile=True),
 }
-TOLERANCE = {"ddp compressed": 1e-2}
 
 
 def model_of_two_layers() -> nn.Module:
@@ -59,11 +58,11 @@ def pairs(step: int) -> SimpleNamespace:
     return SimpleNamespace(image=image[rows], text=text[rows], second_image=None)
 
 
-def start(placement: Placement, precision: str = "fp32", optimizer: str = "adamw") -> TrainState:
+def start(placement: Placement, precision: str = "fp32") -> TrainState:
     model = model_of_two_layers()
     return start_training(
         model,
-        build_optimizer(model, name=optimizer, lr=3e-4),
+        build_optimizer(model, lr=LR),
         lambda seen, step: 1.0,
         global_batch_size=8,
         accelerator=build_accelerator(precision, cpu=True),
@@ -84,9 +83,9 @@ def whole(state: TrainState) -> dict[str, Any]:  # all ranks
     return broadcast_object(copy.deepcopy(state.state_dict()))
 
 
-def relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     assert ours.keys() == theirs.keys()
-    return max(((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()).item() for name in theirs)
+    return max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
 
 
 def features_of(state: TrainState) -> tuple[Tensor, Tensor]:
@@ -96,48 +95,36 @@ def features_of(state: TrainState) -> tuple[Tensor, Tensor]:
 
 
 def on_two_ranks(saved_by_one: dict[str, Any]) -> dict[str, Any]:
-    module._COMPILE_BACKEND = "aot_eager"  # all of compilation but for the slow part
-    results: dict[str, Any] = {"weights": {}, "metrics": {}, "saved": {}, "resumed": {}}
+    module._COMPILE_BACKEND = "eager"  # tracing, graphs and hooks, but for the slow part
+    results: dict[str, Any] = {"end": {}, "norms": {}, "saved": {}, "resumed": {}}
     for name, placement in PLACEMENTS.items():
         state = start(placement)
         metrics = train(state, SAVED_AT)
         if name in ("ddp", "fsdp"):
             results["saved"][name] = whole(state)
         metrics += train(state)
-        results["weights"][name] = whole(state)["weights"]
-        results["metrics"][name] = [{key: float(value) for key, value in step.items()} for step in metrics]
+        results["end"][name] = whole(state)
+        results["norms"][name] = [float(step["grad_norm"]) for step in metrics]
     for saver, saved in {"one": saved_by_one, **results["saved"]}.items():
         for opener in ("ddp", "fsdp"):
             state = start(PLACEMENTS[opener])
-            state.load_state_dict(copy.deepcopy(saved))  # an optimiser takes tensors as they are, and updates them
+            state.load_state_dict(copy.deepcopy(saved))  # an optimiser updates in place the tensors that it is given
             assert state.step == SAVED_AT
             train(state)
-            results["resumed"][saver, opener] = whole(state)["weights"]
-    results["again"] = resumed_within_fsdp()
+            results["resumed"][saver, opener] = whole(state)
     results["evaluated"] = evaluated_between_steps()
     results["bf16"] = {name: types_in_bf16(PLACEMENTS[name]) for name in ("ddp", "fsdp")}
     results["shares"] = shares(start(PLACEMENTS["fsdp"]))
     return results
 
 
-def resumed_within_fsdp() -> dict[str, Any]:
-    unbroken, broken = start(PLACEMENTS["fsdp"]), start(PLACEMENTS["fsdp"])
-    train(unbroken), train(broken, SAVED_AT)
-    resumed = start(PLACEMENTS["fsdp"])
-    resumed.load_state_dict(whole(broken))
-    train(resumed)
-    return {"unbroken": whole(unbroken), "resumed": whole(resumed)}
-
-
 def evaluated_between_steps() -> dict[str, Any]:
-    plain, seen = start(PLACEMENTS["fsdp"]), start(PLACEMENTS["fsdp"])
-    before = features_of(seen)
-    reference = features_of(start(PLACEMENTS["ddp"]))
-    train(plain)
+    seen = start(PLACEMENTS["fsdp"])
+    features = features_of(seen), features_of(start(PLACEMENTS["ddp"]))
     for step in range(1, STEPS + 1):
         train(seen, step)
         features_of(seen)
-    return {"features": (before, reference), "weights": (whole(seen)["weights"], whole(plain)["weights"])}
+    return {"features": features, "weights": whole(seen)["weights"]}
 
 
 def types_in_bf16(placement: Placement) -> set[torch.dtype]:
@@ -173,58 +160,64 @@ def shares(state: TrainState) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def one() -> dict[str, Any]:
     state = start(Placement())
+    begin = copy.deepcopy(state.unwrapped.clip.state_dict())
     metrics = train(state, SAVED_AT)
     saved = whole(state)
     metrics += train(state)
-    steps = [{key: float(value) for key, value in step.items()} for step in metrics]
-    return {"weights": whole(state)["weights"], "saved": saved, "metrics": steps}
+    norms = [float(step["grad_norm"]) for step in metrics]
+    return {"begin": begin, "saved": saved, "end": whole(state), "norms": norms}
 
 
 @pytest.fixture(scope="module")
 def two(one) -> dict[str, Any]:
-    return run_ranks(on_two_ranks, 2, one["saved"])[0]
+    return run_ranks(on_two_ranks, 2, copy.deepcopy(one["saved"]))[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PLACEMENTS)
-def test_weights_are_those_of_one_process(one, two, name):
-    assert relative_error(two["weights"][name], one["weights"]) <= TOLERANCE.get(name, 1e-5)
-    norms, expected = ([step["grad_norm"] for step in steps] for steps in (two["metrics"][name], one["metrics"]))
-    assert norms == pytest.approx(expected, rel=TOLERANCE.get(name, 1e-5))
+@pytest.mark.parametrize("name", [name for name in PLACEMENTS if "compressed" not in name])
+def test_weights_after_five_steps_are_those_of_one_process(one, two, name):
+    assert largest_difference(one["begin"], one["end"]["weights"]) > 100 * 1e-5, "the steps were too small to tell"
+    assert largest_difference(two["end"][name]["weights"], one["end"]["weights"]) <= 1e-5
+    assert two["norms"][name] == pytest.approx(one["norms"], rel=1e-5)
 
 
 @pytest.mark.slow
-def test_compression_compresses(two):
-    assert relative_error(two["weights"]["ddp compressed"], two["weights"]["ddp"]) > 1e-6
+def test_compressed_gradients_err_as_bfloat16_does(one, two):
+    assert two["norms"]["ddp compressed"] == pytest.approx(one["norms"], rel=1e-2)
+    weights, begin = two["end"]["ddp compressed"]["weights"], one["begin"]
+    error = math.dist(*(flat(state) for state in (weights, one["end"]["weights"])))
+    moved = math.dist(*(flat(state) for state in (begin, one["end"]["weights"])))
+    assert 1e-3 < error / moved < 2e-2
+
+
+def flat(weights: dict[str, Tensor]) -> list[float]:
+    return torch.cat([tensor.flatten() for tensor in weights.values()]).tolist()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("saver", ["one", "ddp", "fsdp"])
 @pytest.mark.parametrize("opener", ["one", "ddp", "fsdp"])
 def test_a_checkpoint_opens_in_every_other_placement(one, two, saver, opener):
-    saved = {"one": one["saved"], **two["saved"]}[saver]
     if opener == "one":
         state = start(Placement())
-        state.load_state_dict(copy.deepcopy(saved))
+        state.load_state_dict(copy.deepcopy({"one": one["saved"], **two["saved"]}[saver]))
         train(state)
-        weights = whole(state)["weights"]
+        end = whole(state)
     else:
-        weights = two["resumed"][saver, opener]
-    assert relative_error(weights, one["weights"]) <= 1e-5
-
-
-@pytest.mark.slow
-def test_a_sharded_run_resumed_is_the_unbroken_one(two):
-    resumed, unbroken = two["again"]["resumed"], two["again"]["unbroken"]
-    torch.testing.assert_close(resumed["weights"], unbroken["weights"], rtol=0, atol=0)
-    torch.testing.assert_close(resumed["optimizer"]["state"], unbroken["optimizer"]["state"], rtol=0, atol=0)
-    assert resumed["optimizer"]["param_groups"] == unbroken["optimizer"]["param_groups"]
+        end = two["resumed"][saver, opener]
+    assert largest_difference(end["weights"], one["end"]["weights"]) <= 1e-5
+    if saver == opener:
+        unbroken = {"one": one["end"], **two["end"]}[opener]
+        torch.testing.assert_close(end["weights"], unbroken["weights"], rtol=0, atol=0)
+        torch.testing.assert_close(end["optimizer"]["state"], unbroken["optimizer"]["state"], rtol=0, atol=0)
+        assert end["optimizer"]["param_groups"] == unbroken["optimizer"]["param_groups"]
 
 
 @pytest.mark.slow
 def test_evaluation_of_a_sharded_model(two):
-    torch.testing.assert_close(*two["evaluated"]["features"], rtol=0, atol=1e-6)
-    torch.testing.assert_close(*two["evaluated"]["weights"], rtol=0, atol=0)
+    ours, theirs = two["evaluated"]["features"]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(two["evaluated"]["weights"], two["end"]["fsdp"]["weights"], rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -259,7 +252,7 @@ def test_checkpointing_replays_every_draw(towers, tmp_path):
     plain = gradients(model, image, text)
     model.zero_grad()
     runs: list[int] = []
-    model.tower_blocks()["text"][0].register_forward_pre_hook(lambda *call: runs.append(1))
+    next(model.tower_blocks()["text"][0].children()).register_forward_pre_hook(lambda *call: runs.append(1))
     check_towers(Placement(activation_checkpointing=True), model)
     torch.testing.assert_close(gradients(model, image, text), plain, rtol=1e-5, atol=1e-7)
     assert len(runs) == 2, "the block was not run again"
@@ -267,8 +260,10 @@ def test_checkpointing_replays_every_draw(towers, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_blocks_keep_their_names_and_features():
-    model, reference = model_of_two_layers(), model_of_two_layers()
-    place(model, build_optimizer(model, lr=1e-3), build_accelerator(cpu=True), Placement(compile=True))
+    torch.manual_seed(0)
+    reference = build_model(image=TINY_IMAGE, text=TINY_TEXT, embed_dim=16)
+    model = copy.deepcopy(reference)
+    place(model, build_optimizer(model, lr=LR), build_accelerator(cpu=True), Placement(compile=True))
     assert model.state_dict().keys() == reference.state_dict().keys()
     batch = pairs(0)
     with torch.no_grad():
@@ -353,4 +348,4 @@ def test_what_comes_out_is_what_was_asked_for(monkeypatch):
     accelerator = SimpleNamespace(prepare=lambda *given: given)  # as accelerate 1.15 does on a CPU it was not told of
     model = model_of_two_layers()
     with pytest.raises(RuntimeError, match="asked for ddp on 2 ranks, got a ContrastiveModel"):
-        place(model, build_optimizer(model, lr=1e-3), accelerator, replace(Placement()))
+        place(model, build_optimizer(model, lr=LR), accelerator, Placement())

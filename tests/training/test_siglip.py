@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import SigLipLoss
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quiltnet.training.siglip import SigLIP, siglip
-from quiltnet.training.siglip_kernels import streamed_siglip
+from quiltnet.training.siglip_kernels import log1p_sums_, streamed_siglip
 from tests.training.test_duplicates import LargestTensor
 from tests.training.test_kernels import (
     OPTIONS,
@@ -95,24 +96,124 @@ def test_batches_full_of_duplicates_and_zero_vectors(options):
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
 
 
-def test_gradients_by_differences():
-    inputs = (unit_features(4, seed=0), unit_features(4, seed=1), scalar(5.0), scalar(-2.0))
+@pytest.mark.parametrize("kept", [[True, False, True], [False, False, True], [False, False, False]], ids=str)
+@pytest.mark.parametrize("duplicates", ["ignore", "mask", "positive"])
+def test_captions_that_sit_out(kept, duplicates):
+    inputs = (unit_features(3, seed=0), unit_features(3, seed=1), scalar(14.3), scalar(-10.0))
+    options = {"image_id": torch.tensor([0, 0, 0]), "caption_id": torch.tensor([1, 2, 3]), "duplicates": duplicates}
+    expected = value_and_gradients(siglip, *inputs, kept=torch.tensor(kept), **options)
+    ours = value_and_gradients(streamed_siglip, *inputs, kept=torch.tensor(kept), **options)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
+    if any(kept):
+        assert (ours[2][~torch.tensor(kept)] == 0).all()
+
+
+@pytest.mark.parametrize("aligned", [0.1, 0.3, 1.0, 5.0])
+@pytest.mark.parametrize("bias", [-10.0, -100.0])
+def test_float32_keeps_a_small_loss_at_the_largest_scale(aligned, bias):
+    image = unit_features(257, 512, seed=0)
+    text = F.normalize(unit_features(257, 512, seed=1) + aligned * image, dim=-1)
+    inputs = (image.float(), text.float(), scalar(100.0, torch.float32), scalar(bias, torch.float32))
+    ours, expected = value_and_gradients(streamed_siglip, *inputs), in_float64(siglip, *inputs)
+    logit_error = 100 * 2**-24  # of a logit near 100, and so of the losses' relative error
+    assert (ours[0].double() / expected[0] - 1).abs() <= 1e-5 + logit_error
+
+
+@pytest.mark.parametrize("width", [1, 2, 15, 16, 17, 257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_logarithms_of_products_are_sums_of_logarithms(width, dtype):
+    powers = torch.rand(7, width, generator=torch.Generator().manual_seed(0), dtype=dtype) ** 30
+    powers[0], powers[1], powers[2] = 0, 1, 1e-30
+    expected = powers.double().log1p().sum(1)
+    rtol = 4 * width * torch.finfo(dtype).eps if width < 16 else 20 * torch.finfo(dtype).eps
+    torch.testing.assert_close(log1p_sums_(powers).double(), expected, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [OPTIONS["plain"], OPTIONS["mask, smoothing"], {"duplicates": "positive", "label_smoothing": 0.1}],
+    ids=str,
+)
+def test_gradients_by_differences(options):
+    inputs = (unit_features(5, 3, seed=0), unit_features(5, 3, seed=1), scalar(5.0), scalar(-2.0))
     inputs = tuple(part.requires_grad_() for part in inputs)
-    assert torch.autograd.gradcheck(lambda *given: streamed_siglip(*given, chunk_size=3), inputs)
+    options = {**options, "kept": torch.tensor([True, False, True, True, True])}
+    same = {"image_id": torch.tensor([0, 0, 1, 2, 3]), "caption_id": torch.tensor([0, 1, 1, 2, 3])}
+    assert torch.autograd.gradcheck(lambda *given: streamed_siglip(*given, chunk_size=2, **options, **same), inputs)
 
 
-def test_no_tensor_of_all_logits():
-    inputs = (unit_features(300, seed=0), unit_features(300, seed=1), scalar(10.0), scalar(-10.0))
+@pytest.mark.parametrize("needed", [(), (0,), (1,), (2,), (3,), (0, 3), (1, 2)], ids=str)
+def test_only_gradients_that_are_needed(needed):
+    inputs = [unit_features(7, seed=0), unit_features(7, seed=1), scalar(14.3), scalar(-10.0)]
+    expected = value_and_gradients(siglip, *inputs)
+    for number in needed:
+        inputs[number].requires_grad_()
+    loss = streamed_siglip(*inputs)
+    torch.testing.assert_close(loss.detach(), expected[0], rtol=1e-12, atol=0)
+    if needed:
+        (3 * loss).backward()
+    for number, part in enumerate(inputs):
+        assert (part.grad is None) == (number not in needed)
+        if number in needed:
+            torch.testing.assert_close(part.grad, 3 * expected[1 + number], rtol=1e-12, atol=1e-13)
+
+
+class MatrixProducts(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
+        return function(*args, **(kwargs or {}))
+
+
+def test_loss_alone_takes_one_matrix_product_and_gradients_two_more():
+    bias = torch.nn.Parameter(scalar(-10.0))  # which asks for a gradient under no_grad too
+    inputs = (unit_features(40, seed=0), unit_features(40, seed=1), scalar(14.3), bias)
+    with torch.no_grad(), MatrixProducts() as forward:
+        streamed_siglip(*inputs)
+    with MatrixProducts() as both:
+        value_and_gradients(streamed_siglip, *inputs)
+    assert (forward.count, both.count) == (1, 3)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_memory_is_linear_in_the_batch(options):
+    rows, chunk_size = 400, 16
+    inputs = (unit_features(rows, 8, seed=0), unit_features(rows, 8, seed=1), scalar(10.0), scalar(-10.0))
+    kept = torch.arange(rows) % 3 > 0
     with LargestTensor() as largest:
-        value_and_gradients(streamed_siglip, *inputs, chunk_size=10)
-    assert largest.elements <= 300 * 16
+        value_and_gradients(streamed_siglip, *inputs, kept=kept, chunk_size=chunk_size, **options, **ids(rows))
+    assert largest.elements == chunk_size * rows
+
+
+def test_autocast_leaves_it_alone():
+    inputs = (unit_features(29, seed=0).float(), unit_features(29, seed=1).float())
+    inputs = (*inputs, scalar(10.0, torch.float32), scalar(-10.0, torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = value_and_gradients(streamed_siglip, *inputs)
+    assert_near(ours, in_float64(siglip, *inputs), 1e-5)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_stays_so(bad):
-    image = unit_features(5, seed=0)
-    image[2, 3] = bad
-    assert not streamed_siglip(image, unit_features(5, seed=1), scalar(10.0), scalar(-10.0)).isfinite()
+@pytest.mark.parametrize("tower", [0, 1])
+@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["mask, all"], OPTIONS["positive, all"]], ids=str)
+def test_what_is_not_finite_stays_so(bad, tower, options):
+    inputs = (unit_features(9, seed=0), unit_features(9, seed=1), scalar(10.0), scalar(-10.0))
+    inputs[tower][4, 3] = bad
+    assert not streamed_siglip(*inputs, chunk_size=4, **options, **ids(9)).isfinite()
+
+
+def test_the_loss_of_training_draws_captions_anew():
+    inputs = (unit_features(29, seed=0), unit_features(29, seed=1), scalar(10.0), scalar(-10.0))
+    loss = SigLIP(caption_dropout=0.5)
+    torch.manual_seed(7)
+    first, second = loss(*inputs), loss(*inputs)
+    torch.manual_seed(7)
+    kept = torch.rand(29) >= 0.5
+    torch.testing.assert_close(first, siglip(*inputs, kept=kept), rtol=1e-12, atol=0)
+    assert first != second
 
 
 def test_a_missing_bias_is_said():
