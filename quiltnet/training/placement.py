@@ -29,7 +29,7 @@ from quiltnet.errors import UserError
 
 _COMPILE_BACKEND = "inductor"
 # A block is compiled once for each of: tower, with and without gradient, autocast, inside a checkpoint; torch's 8 are
-# fewer, and beyond them a block silently runs uncompiled.
+# fewer, and beyond them torch warns once and goes on uncompiled.
 _RECOMPILE_LIMIT = 64
 # What accelerate's launcher can ask for through the environment; each takes backward, clipping and state upon itself.
 _FOREIGN = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM}
@@ -42,7 +42,7 @@ class Placement:
     Attributes:
         sharding: ``ddp``: every rank holds all of the model. ``fsdp``: a rank holds its share of weights, gradients
             and optimiser state, and gathers a block of a tower when it needs it (FSDP2).
-        gradient_compression: DDP sends gradients as bfloat16, half the bytes, an error of up to 0.4 % in each.
+        gradient_compression: DDP sends gradients as bfloat16, half the bytes, each rounded by up to 0.4 %.
         activation_checkpointing: a block keeps its input alone and runs again in the backward pass.
         compile: the towers' blocks go through ``torch.compile``.
     """
