@@ -39,14 +39,13 @@ def main(out: Path, samples: int = 640) -> None:
     shard(out=out / "shards", format=Format.synthetic, samples=samples, size=96)
     seed_everything(0)
     model = build_model(image=IMAGE, text={**TEXT, "context_length": 48}, embed_dim=256, image_size=96)
-    tiles, prompts = in_memory(labelled_tiles(count=100, size=96)), PromptSet(["a histopathology slide showing {}"])
-    held_out = ShardPairs(out / "shards" / "val")
-    evaluators = {"zeroshot": ZeroShotClassification(tiles, prompts), "val_pairs": ValPairs(held_out)}
+    zeroshot = ZeroShotClassification(in_memory(labelled_tiles(100, 96)), PromptSet(["a histology slide showing {}"]))
+    evaluators = {"zeroshot": zeroshot, "val_pairs": ValPairs(ShardPairs(out / "shards" / "val"))}
     transform = TrainTransform(model.image_size, horizontal_flip=True, vertical_flip=True)
     loader = build_loader(out / "shards" / "train", transform, model.batch_tokenizer(), global_batch_size=32, seed=0)
     total_samples = loader.samples_per_epoch // 32 * 32
-    schedule = WarmupCosine(total_samples=total_samples, warmup_samples=total_samples // 10)
-    state = start_training(model, build_optimizer(model, lr=3e-4), schedule, global_batch_size=32)
+    optimizer, schedule = build_optimizer(model, lr=3e-4), WarmupCosine(total_samples, total_samples // 10)
+    state = start_training(model, optimizer, schedule, global_batch_size=32)
     before = evaluate(model, evaluators)
     log = LogMetrics(ConsoleLogger(total_samples), every_samples=160, samples_per_epoch=loader.samples_per_epoch)
     fit(state, loader.start(0), Objective(InfoNCE()), [log], total_samples=total_samples)
