@@ -145,17 +145,17 @@ ALLOWED: dict[str, set[str]] = {
     "training.duplicates": {"distributed"},
     "training.engine": {
         "distributed", "training.full_state", "training.gradcache", "training.optim", "training.placement",
-        "training.precision"
+        "training.precision", "training.random_state"
     },
     "training.finite_check": {"distributed", "training.engine"},
     "training.flops": set(),
     "training.full_state": {"distributed"},
-    "training.gradcache": set(),
+    "training.gradcache": {"training.random_state"},
     "training.kernels": {
         "distributed", "training.duplicates", "training.targets", "training.triton_kernels"
     },
     "training.loggers": set(),
-    "training.losses": {"distributed", "training.duplicates", "training.kernels"},
+    "training.losses": {"training.duplicates", "training.kernels"},
     "training.objective": {"training.distillation", "training.losses"},
     "training.optim": {"training.parameter_groups"},
     "training.overfitting": {"distributed"},
@@ -164,8 +164,9 @@ ALLOWED: dict[str, set[str]] = {
     "training.placement": {"distributed"},
     "training.precision": {"distributed"},
     "training.profiling": {"distributed", "training.engine", "training.flops"},
+    "training.random_state": set(),
     "training.schedules": set(),
-    "training.siglip": {"distributed", "training.duplicates", "training.siglip_kernels"},
+    "training.siglip": {"training.duplicates", "training.siglip_kernels"},
     "training.siglip_kernels": {"distributed", "training.duplicates", "training.kernels"},
     "training.targets": {"training.duplicates"},
     "training.teachers": set(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from omegaconf import DictConfig
 
+from quiltnet.cli.train_data import views
 from quiltnet.model.contrastive import ContrastiveModel
 from quiltnet.training.flops import flops_by_length, peak_flops
 
@@ -20,6 +21,5 @@ def computing(cfg: DictConfig, model: ContrastiveModel, device: torch.device) ->
     size = model.image_size if isinstance(model.image_size, tuple) else (model.image_size,) * 2
     image = torch.zeros((2, 3, *size), dtype=torch.uint8, device=device)
     text = model.tokenize(["tissue"] * 2).to(device)
-    views = 2 if cfg.objective.image_image_weight else 1
-    flops = flops_by_length(model, image, text, model.batch_tokenizer().lengths, views=views)
+    flops = flops_by_length(model, image, text, model.batch_tokenizer().lengths, views=views(cfg))
     return {"flops": flops, "peak": peak_flops(torch.cuda.get_device_name(device), cfg.precision)}

@@ -51,7 +51,7 @@ def open_loader(cfg: DictConfig, model: ContrastiveModel) -> PairLoader:
             seed=cfg.seed,
             choose_caption=CaptionChoice(plain(train.caption_policy), sentences=limit),
             augment=DeviceAugment(**plain(cfg.data.augment)),
-            views=2 if cfg.objective.image_image_weight else 1,
+            views=views(cfg),
             teacher=bool(cfg.objective.distillation_weight) and cfg.objective.teacher == STORED_TEACHER,
             workers=train.workers,
             report=report,
@@ -70,6 +70,11 @@ def device_batches(
     # The one batch of overfit=true is the same after a resume.
     batches = on_device(loader.start(0 if cfg.overfit else position), device, augment=augment, decoder=decoder)
     return distinct_batch(batches, cfg.global_batch_size, pad_id=model.tokenize.pad_id or 0) if cfg.overfit else batches
+
+
+def views(cfg: DictConfig) -> int:
+    """Tiles of each image that a step needs."""
+    return 2 if cfg.objective.image_image_weight else 1
 
 
 def _transform(cfg: DictConfig, model: ContrastiveModel) -> TrainTransform:

@@ -9,32 +9,57 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from quiltnet.distributed import gather_rows
+from quiltnet.distributed import gather_rows, world_size
 from quiltnet.errors import UserError
 
 Duplicates = Literal["ignore", "mask", "positive"]
 
 
-def check_options(duplicates: str, label_smoothing: float, hardness: float, caption_dropout: float) -> None:
-    """The options that all contrastive losses have.
+@dataclass(frozen=True)
+class PairOptions:
+    """The options that all contrastive losses have; see ``quiltnet.training.losses.InfoNCE``.
 
     Raises:
         UserError: an option out of its range.
     """
-    modes = get_args(Duplicates)
-    if duplicates not in modes:
-        close = difflib.get_close_matches(str(duplicates), modes, n=1, cutoff=0.0)[0]
-        raise UserError(f"loss.duplicates={duplicates} is none of {', '.join(modes)}; did you mean {close}?")
-    for name, share in (("label_smoothing", label_smoothing), ("caption_dropout", caption_dropout)):
-        if not (isinstance(share, (int, float)) and 0 <= share < 1):
-            raise UserError(f"loss.{name}={share} must be at least 0 and less than 1; 0 leaves it out, 0.1 is usual")
-    if not (isinstance(hardness, (int, float)) and 0 <= hardness < float("inf")):
-        raise UserError(f"loss.hardness={hardness} must be a number of at least 0; 0 leaves it out")
+
+    duplicates: Duplicates
+    label_smoothing: float
+    hardness: float
+    caption_dropout: float
+
+    def __post_init__(self) -> None:
+        modes = get_args(Duplicates)
+        if self.duplicates not in modes:
+            close = difflib.get_close_matches(str(self.duplicates), modes, n=1, cutoff=0.0)[0]
+            raise UserError(f"loss.duplicates={self.duplicates} is none of {', '.join(modes)}; did you mean {close}?")
+        for name in ("label_smoothing", "caption_dropout"):
+            share = getattr(self, name)
+            if not (isinstance(share, (int, float)) and 0 <= share < 1):
+                raise UserError(
+                    f"loss.{name}={share} must be at least 0 and less than 1; 0 leaves it out, 0.1 is usual"
+                )
+        if not (isinstance(self.hardness, (int, float)) and 0 <= self.hardness < float("inf")):
+            raise UserError(f"loss.hardness={self.hardness} must be a number of at least 0; 0 leaves it out")
+
+    def of_step(self, text_features: Tensor, sizes: Sequence[int] | None) -> dict[str, Any]:  # all ranks
+        """Arguments of a streamed loss for one step, with the captions that were drawn to take part in it."""
+        kept = None
+        if self.caption_dropout:
+            kept = draw_kept(text_features, self.caption_dropout, sizes or [len(text_features)] * world_size())
+        return {
+            "duplicates": self.duplicates,
+            "label_smoothing": self.label_smoothing,
+            "hardness": self.hardness,
+            "kept": kept,
+            "sizes": sizes,
+        }
 
 
 def require_ids(duplicates: str, image_id: Tensor | None, caption_id: Tensor | None) -> None:
@@ -85,6 +110,26 @@ def sharing_counts(image_id: Tensor, caption_id: Tensor, kept: Tensor | None = N
     # Position of the first equal id in sorted order: a number below N, so two of them make one exact key.
     both = _first_equal(image_id) * len(image_id) + _first_equal(caption_id)
     return _equal_counts(image_id, kept) + _equal_counts(caption_id, kept) - _equal_counts(both, kept)
+
+
+def partners(own: slice, counts: Tensor, image_id: Tensor, caption_id: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the pairs ``own`` share with other pairs ``(p,)``, counted from the first of them, and with which.
+
+    Args:
+        counts: ``sharing_counts`` of all pairs.
+
+    Returns:
+        ``(p,)`` int64, and ``(p, N)`` bool, in which no pair shares with itself.
+    """
+    counts = counts[own]
+    if counts.device.type == "cpu":
+        rows = (counts > 1).nonzero().squeeze(1)
+    else:  # to ask for fewer would wait for the device
+        rows = torch.arange(len(counts), device=counts.device)
+    pairs = own.start + rows
+    shared = sharing(image_id[pairs], caption_id[pairs], image_id, caption_id)
+    shared[torch.arange(len(pairs), device=pairs.device), pairs] = False
+    return rows, shared
 
 
 def _first_equal(ids: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from quiltnet.training.gradcache import cached_backward
 from quiltnet.training.optim import skip_if
 from quiltnet.training.placement import Placement, place
 from quiltnet.training.precision import build_accelerator
+from quiltnet.training.random_state import random_state, restore_random_state
 
 Schedule = Callable[[int, int], float]
 
@@ -77,7 +78,7 @@ class TrainState:
             "optimizer": full_optimizer_state(self.model, self.optimizer),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             "samples_seen": self.samples_seen,
-            "random": all_gather_object(_random_state()),
+            "random": all_gather_object(random_state(self.accelerator.device)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # all ranks
@@ -88,7 +89,7 @@ class TrainState:
         self.samples_seen = state["samples_seen"]
         # Saved on fewer ranks: a new rank keeps the seed it was started with.
         if rank() < len(state["random"]):
-            _restore_random_state(state["random"][rank()])
+            restore_random_state(state["random"][rank()], self.accelerator.device)
 
 
 class Callback:
@@ -236,16 +237,3 @@ def seed_everything(seed: int) -> None:
     """Seed this process; ranks add their number once the model is built, so that their dropout differs."""
     random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _random_state() -> dict[str, Any]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
 
 from quiltnet.errors import UserError
+from quiltnet.training.random_state import random_state, restore_random_state
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +55,13 @@ def cached_backward(
     with record_function("quiltnet.loss"):
         values, gradients = _differentiate(objective, features)
     with record_function("quiltnet.backward"):
-        after = _random_state(accelerator.device)
+        after = random_state(accelerator.device)
         chunk_gradients = _split(gradients, micro_batch_size, len(inputs[0]))
         for number, (chunk, gradient, state) in enumerate(zip(chunks, chunk_gradients, states, strict=True), start=1):
-            _restore_random_state(state)
+            restore_random_state(state, accelerator.device)
             with nullcontext() if number == len(chunks) else _unreduced(model, accelerator):
                 _encode_again(model, accelerator, chunk, gradient)
-        _restore_random_state(after)
+        restore_random_state(after, accelerator.device)
     return values, _detached(features)
 
 
@@ -103,7 +104,7 @@ def _encode(model: nn.Module, accelerator: Accelerator, chunks: Sequence[Parts])
     states, outputs = [], []
     with _unreduced(model, accelerator):
         for chunk in chunks:
-            states.append(_random_state(accelerator.device))
+            states.append(random_state(accelerator.device))
             outputs.append(_detached(model(*chunk)))
     return outputs[0]._make(_leaf(parts) for parts in zip(*outputs, strict=True)), states
 
@@ -158,17 +159,3 @@ def _split(parts: Parts, micro_batch_size: int, batch_size: int) -> list[tuple[T
         else:
             columns.append(part.split(micro_batch_size))
     return list(zip(*columns, strict=True))
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """By kind of device: some towers draw on the CPU wherever they compute."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state()
-    return states
-
-
-def _restore_random_state(states: dict[str, Tensor]) -> None:
-    for kind, state in states.items():
-        module = torch if kind == "cpu" else torch.get_device_module(kind)
-        module.set_rng_state(state)

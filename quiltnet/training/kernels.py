@@ -155,7 +155,7 @@ def log_sum_exps(
         all_text: ``(N, D)``.
         sizes: B of each rank.
     """
-    first, wide = sum(sizes[: rank()]), _accumulating(image, all_text)
+    first, wide = sum(sizes[: rank()]), accumulating(image, all_text)
     own = slice(first, first + len(image))
     operations = _operations(image, all_text, targets)
     columns = ColumnStatistics(
@@ -165,7 +165,7 @@ def log_sum_exps(
     )
     row, row_loss = torch.empty((2, len(image)), dtype=wide, device=image.device)
     with in_full_precision(image.device.type):
-        for chunk, tiles in _chunks(image, all_text, chunk_size, operations.forward_tiles):
+        for chunk, tiles in chunks(image, all_text, chunk_size, operations.forward_tiles):
             row[chunk], row_loss[chunk] = operations.forward(
                 image[chunk], all_text, scale, first + chunk.start, targets, columns, tiles
             )
@@ -272,7 +272,7 @@ def _similarity_gradients(ctx: Any, for_image: bool, for_text: bool) -> tuple[Te
     image_gradient = torch.empty_like(image, dtype=wide) if for_image else None
     text_gradient = torch.zeros_like(all_text, dtype=wide) if for_text else None
     wide_image, wide_text = image.to(wide), all_text.to(wide)
-    for chunk, tiles in _chunks(image, all_text, ctx.chunk_size, operations.gradient_tiles):
+    for chunk, tiles in chunks(image, all_text, ctx.chunk_size, operations.gradient_tiles):
         gradient = operations.gradient(
             image[chunk], all_text, scale, first + chunk.start, row_lse[chunk], column_lse, ctx.targets, tiles
         )
@@ -283,11 +283,9 @@ def _similarity_gradients(ctx: Any, for_image: bool, for_text: bool) -> tuple[Te
     return image_gradient, text_gradient
 
 
-def _chunks(
-    image: Tensor, all_text: Tensor, chunk_size: int | None, tiles: int
-) -> Iterator[tuple[slice, list[Tensor]]]:
+def chunks(image: Tensor, all_text: Tensor, chunk_size: int | None, tiles: int) -> Iterator[tuple[slice, list[Tensor]]]:
     """Slices of the rows, with buffers that all of them use in turn."""
-    wide = _accumulating(image, all_text)
+    wide = accumulating(image, all_text)
     if chunk_size is None:
         bytes_of_tile = _TILE_BYTES["cpu" if image.device.type == "cpu" else "cuda"]
         fitting = bytes_of_tile // (max(len(all_text), 1) * wide.itemsize)
@@ -311,7 +309,7 @@ def in_full_precision(device_type: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _accumulating(image: Tensor, text: Tensor) -> torch.dtype:
+def accumulating(image: Tensor, text: Tensor) -> torch.dtype:
     """float32 for 16 bits."""
     return torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quiltnet.distributed import world_size
-from quiltnet.training.duplicates import Duplicates, all_if_none, check_options, draw_kept, require_ids, sharing
+from quiltnet.training.duplicates import Duplicates, PairOptions, all_if_none, require_ids, sharing
 from quiltnet.training.kernels import streamed_info_nce
 
 
@@ -86,11 +85,7 @@ class InfoNCE:
         hardness: float = 0.0,
         caption_dropout: float = 0.0,
     ) -> None:
-        check_options(duplicates, label_smoothing, hardness, caption_dropout)
-        self.duplicates = duplicates
-        self.label_smoothing = label_smoothing
-        self.hardness = hardness
-        self.caption_dropout = caption_dropout
+        self.options = PairOptions(duplicates, label_smoothing, hardness, caption_dropout)
 
     def __call__(
         self,
@@ -112,18 +107,11 @@ class InfoNCE:
             image_id, caption_id: ``(B,)`` int64 of this rank's pairs; for duplicates other than "ignore".
             sizes: B of each rank, where they differ.
         """
-        kept = None
-        if self.caption_dropout:
-            kept = draw_kept(text_features, self.caption_dropout, sizes or [len(text_features)] * world_size())
         return streamed_info_nce(
             image_features,
             text_features,
             logit_scale,
             image_id=image_id,
             caption_id=caption_id,
-            duplicates=self.duplicates,
-            label_smoothing=self.label_smoothing,
-            hardness=self.hardness,
-            kept=kept,
-            sizes=sizes,
+            **self.options.of_step(text_features, sizes),
         )

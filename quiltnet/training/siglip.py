@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quiltnet.distributed import world_size
-from quiltnet.training.duplicates import Duplicates, all_if_none, check_options, draw_kept, require_ids, sharing
+from quiltnet.training.duplicates import Duplicates, PairOptions, all_if_none, require_ids, sharing
 from quiltnet.training.siglip_kernels import streamed_siglip
 
 
@@ -74,11 +73,7 @@ class SigLIP:
         hardness: float = 0.0,
         caption_dropout: float = 0.0,
     ) -> None:
-        check_options(duplicates, label_smoothing, hardness, caption_dropout)
-        self.duplicates = duplicates
-        self.label_smoothing = label_smoothing
-        self.hardness = hardness
-        self.caption_dropout = caption_dropout
+        self.options = PairOptions(duplicates, label_smoothing, hardness, caption_dropout)
 
     def __call__(
         self,
@@ -101,9 +96,6 @@ class SigLIP:
         """
         if logit_bias is None:
             raise ValueError("SigLIP adds a logit_bias and got none; build the model with init_logit_bias=-10")
-        kept = None
-        if self.caption_dropout:
-            kept = draw_kept(text_features, self.caption_dropout, sizes or [len(text_features)] * world_size())
         return streamed_siglip(
             image_features,
             text_features,
@@ -111,9 +103,5 @@ class SigLIP:
             logit_bias,
             image_id=image_id,
             caption_id=caption_id,
-            duplicates=self.duplicates,
-            label_smoothing=self.label_smoothing,
-            hardness=self.hardness,
-            kept=kept,
-            sizes=sizes,
+            **self.options.of_step(text_features, sizes),
         )

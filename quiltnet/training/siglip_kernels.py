@@ -17,11 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quiltnet.distributed import gather_rows, rank, reduce_scatter_rows, world_size
-from quiltnet.training.duplicates import Duplicates, all_if_none, require_ids, sharing, sharing_counts
-from quiltnet.training.kernels import in_full_precision
-
-_TILE_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}  # of one buffer of a chunk
-_CHUNK_ROWS = (32, 1024)
+from quiltnet.training.duplicates import Duplicates, all_if_none, partners, require_ids, sharing_counts
+from quiltnet.training.kernels import accumulating, chunks, in_full_precision
 
 
 @dataclass(frozen=True)
@@ -42,18 +39,6 @@ class Labels:
     caption_id: Tensor | None = None
     sharing_counts: Tensor | None = None
     kept: Tensor | None = None
-
-    def partners(self, own: slice) -> tuple[Tensor, Tensor]:
-        """Which of these rows share with other pairs ``(p,)``, and with which ``(p, N)`` bool."""
-        counts = self.sharing_counts[own]
-        if counts.device.type == "cpu":
-            rows = (counts > 1).nonzero().squeeze(1)
-        else:  # to ask for fewer would wait for the device
-            rows = torch.arange(len(counts), device=counts.device)
-        pairs = own.start + rows
-        shared = sharing(self.image_id[pairs], self.caption_id[pairs], self.image_id, self.caption_id)
-        shared[torch.arange(len(pairs), device=pairs.device), pairs] = False
-        return rows, shared
 
 
 @dataclass(frozen=True)
@@ -131,7 +116,7 @@ class _StreamedSigLIP(torch.autograd.Function):
         chunk_size: int | None,
         needs: tuple[bool, ...],
     ) -> Tensor:
-        wide = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
+        wide = accumulating(image, text)
         with in_full_precision(image.device.type):
             all_text = gather_rows(text, sizes)  # (N, D)
             given = (part.to(wide) for part in (image, all_text, scale, bias))
@@ -172,12 +157,9 @@ def _one_pass(
     losses, bias_sums = torch.zeros((2, len(x)), dtype=x.dtype, device=x.device)
     for_image = torch.empty_like(x) if needs[0] or needs[2] else None
     for_text = torch.zeros_like(y) if needs[1] else None
-    size = min(_chunk_size(x, y) if chunk_size is None else chunk_size, max(len(x), 1))
-    buffers = [x.new_empty((size, len(y))) for _ in range(2)]
-    for start in range(0, len(x), size):
-        chunk = slice(start, min(start + size, len(x)))
-        tiles = [buffer[: chunk.stop - start] for buffer in buffers]
-        losses[chunk], gradient = _chunk(x[chunk], y, scale, bias, labels, first + start, tiles, any(needs))
+    for chunk, buffers in chunks(x, y, chunk_size, tiles=2):
+        tiles = [buffer[: chunk.stop - chunk.start] for buffer in buffers]
+        losses[chunk], gradient = _chunk(x[chunk], y, scale, bias, labels, first + chunk.start, tiles, any(needs))
         if for_image is not None:
             torch.mm(gradient, y, out=for_image[chunk])
         if for_text is not None:
@@ -227,7 +209,10 @@ class _Rows:
     def __init__(self, labels: Labels, own: slice) -> None:
         self.labels = labels
         self.own = own
-        self.partnered, self.shared = (None, None) if labels.duplicates == "ignore" else labels.partners(own)
+        self.partnered, self.shared = None, None
+        if labels.duplicates != "ignore":
+            ids = labels.image_id, labels.caption_id
+            self.partnered, self.shared = partners(own, labels.sharing_counts, *ids)
 
     def smoothed(
         self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, of_own: Tensor, of_partners: Tensor | None
@@ -275,9 +260,3 @@ def log1p_sums_(powers: Tensor) -> Tensor:
         powers, other = powers[:, : powers.shape[1] - half], powers[:, powers.shape[1] - half :]
         powers[:, :half].addcmul_(powers[:, :half], other).add_(other)
     return powers.log1p().sum(1)
-
-
-def _chunk_size(x: Tensor, y: Tensor) -> int:
-    tile_bytes = _TILE_BYTES["cpu" if x.device.type == "cpu" else "cuda"]
-    fitting = tile_bytes // (max(len(y), 1) * x.dtype.itemsize)
-    return min(max(fitting, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quiltnet.training.duplicates import Duplicates, sharing, sharing_counts
+from quiltnet.training.duplicates import Duplicates, partners, sharing_counts
 
 
 class RowTargets(Protocol):
@@ -112,8 +112,10 @@ class _PairRows:
         self.targets = targets
         self.first = first
         self.own = slice(first, first + rows)
-        self.partnered = None if targets.duplicates == "ignore" else self._with_partner()
-        self.shared = None if self.partnered is None else self._shared()
+        self.partnered = self.shared = None
+        if targets.duplicates != "ignore":
+            counts, ids = targets.column_positives, (targets.image_id, targets.caption_id)
+            self.partnered, self.shared = partners(self.own, counts, *ids)
 
     def sums(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         targets, smoothing = self.targets, self.targets.label_smoothing
@@ -165,21 +167,6 @@ class _PairRows:
             gradient[self.partnered] -= torch.where(self.shared, row[self.partnered, None] + column, 0)
         if targets.kept is not None:
             gradient.masked_fill_(~targets.kept, 0)
-
-    def _with_partner(self) -> Tensor:
-        """``(p,)`` which of these rows to compare with all columns."""
-        counts = self.targets.column_positives[self.own]
-        if counts.device.type == "cpu":
-            return (counts > 1).nonzero().squeeze(1)
-        return torch.arange(len(counts), device=counts.device)  # to ask for fewer would wait for the device
-
-    def _shared(self) -> Tensor:
-        """``(p, N)`` bool: which other pairs share with those rows."""
-        image_id, caption_id = self.targets.image_id, self.targets.caption_id
-        numbers = self.first + self.partnered
-        shared = sharing(image_id[numbers], caption_id[numbers], image_id, caption_id)
-        shared[torch.arange(len(numbers), device=numbers.device), numbers] = False
-        return shared
 
     def _kept_only(self, tile: Tensor) -> Tensor:
         return tile if self.targets.kept is None else torch.where(self.targets.kept, tile, 0)
