@@ -23,6 +23,7 @@ DISTRIBUTIONS = {
     "hydra": "hydra-core",
     "open_clip": "open_clip_torch",
     "sklearn": "scikit-learn",
+    "triton": "torch",  # which brings it where there is one, for Linux; its room is imported only there
     "yaml": "PyYAML",
 }
 # What others import for us: fsspec reads http(s) with aiohttp.

@@ -202,8 +202,8 @@ MISTAKES = {
     "precision of a GPU": (["precision=tf32", "data.train.shards=nowhere"], "precision=tf32 needs an NVIDIA GPU"),
     "sharding of one": (["placement=fsdp", "data.train.shards=nowhere"], "needs several processes"),
     "patches of a CNN": (
-        ["patch_dropout=0.5", "model=effnet-lite0-minilm", "data.train.shards=nowhere"],
-        "patch",
+        ["patch_dropout=0.5", "model.image.layers=[1,1,1,1]", "data.train.shards=nowhere"],
+        "vision transformer",
     ),
     "bias": (["loss=siglip", "{train}"], "model.init_logit_bias=-10"),
     "duplicates": (["loss.duplicates=masks", "{train}"], "ignore, mask, positive"),
