@@ -46,7 +46,7 @@ loader.close()
 
 
 @pytest.mark.slow
-def test_twenty_epochs_need_no_more_memory_than_two(tmp_path: Path):
+def test_twenty_epochs_need_no_more_memory_than_five(tmp_path: Path):
     images = [encode(draw_image(n)) for n in range(50)]
     for shard in range(10):
         with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
@@ -68,4 +68,5 @@ def test_twenty_epochs_need_no_more_memory_than_two(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     used = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(used) == 20
-    assert used[-1] < 1.02 * used[1], [round(u / 2**20, 1) for u in used]
+    # The allocator's pools and the tokeniser's fill up by about 4 MiB in the first epochs; a leak goes on growing.
+    assert used[-1] < 1.02 * used[4], [round(u / 2**20, 1) for u in used]
