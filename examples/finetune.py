@@ -13,12 +13,13 @@ from quiltnet.data.reading import build_loader
 from quiltnet.data.synthetic import labelled_tiles
 from quiltnet.data.transforms import TrainTransform
 from quiltnet.evaluation.datasets import in_memory
+from quiltnet.evaluation.measuring import measure
 from quiltnet.evaluation.prompts import PromptSet
 from quiltnet.evaluation.val_pairs import ValPairs
 from quiltnet.evaluation.zeroshot import ZeroShotClassification
 from quiltnet.model.assembly import build_model
 from quiltnet.release.hub import export_open_clip
-from quiltnet.training.callbacks import LogMetrics, evaluate
+from quiltnet.training.callbacks import LogMetrics
 from quiltnet.training.engine import fit, seed_everything, start_training
 from quiltnet.training.loggers import ConsoleLogger
 from quiltnet.training.losses import InfoNCE
@@ -46,11 +47,12 @@ def main(out: Path, samples: int = 640) -> None:
     total_samples = loader.samples_per_epoch // 32 * 32
     optimizer, schedule = build_optimizer(model, lr=3e-4), WarmupCosine(total_samples, total_samples // 10)
     state = start_training(model, optimizer, schedule, global_batch_size=32)
-    before = evaluate(model, evaluators)
+    before = measure(model, evaluators)
     log = LogMetrics(ConsoleLogger(total_samples), every_samples=160, samples_per_epoch=loader.samples_per_epoch)
     fit(state, loader.start(0), Objective(InfoNCE()), [log], total_samples=total_samples)
-    for name, value in evaluate(model, evaluators).items():
-        print(f"{name:40} {before[name]:8.4f} -> {value:8.4f}")
+    for name, outcome in measure(model, evaluators).items():
+        for metric, value in outcome.scores.items():
+            print(f"{name + '/' + metric:40} {before[name].scores[metric]:8.4f} -> {value:8.4f}")
     difference = export_open_clip(model, out / "model")
     features = quiltnet.load(out / "model").encode_text(["H&E of adipose tissue"])
     print(f"{out / 'model'}: reloaded by open_clip within {difference:.1e}; features {tuple(features.shape)}")

@@ -13,13 +13,26 @@ PACKAGE = ROOT / "quiltnet"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 MODEL = {"contrastive", "tokenizer", "weights"}
-EVALUATION = {"features", "metrics", "probe", "prompts", "datasets", "retrieval"}
+# What every reader of a labelled set builds on, and every classifier that is scored.
+SET_READING = {
+    f"evaluation.{room}" for room in ("class_names", "image_files", "label_table", "labelled_set", "split_roles")
+}
+SCORING = {
+    f"evaluation.{room}"
+    for room in (
+        "bootstrap", "classification", "features", "labelled_set", "metrics", "outcome", "retrieval_metrics",
+        "train_sets"
+    )
+}  # fmt: skip
 
 # Room -> what it may import of quiltnet. `errors` is open to all; a wing's __init__ imports nothing.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "distributed": set(),
-    "model.contrastive": {"model.text_forward", "model.tokenizer", "model.tower_blocks"},
+    "model.backbone_features": set(),
+    "model.contrastive": {
+        "model.backbone_features", "model.text_forward", "model.tokenizer", "model.tower_blocks"
+    },
     "model.fast_bpe": {"model.text_cleaning"},
     "model.patch_dropout": set(),
     "model.text_cleaning": set(),
@@ -31,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "model.folder": {"model.contrastive"},
     "model.architecture": {"model.contrastive", "model.folder", "model.weights"},
     "model.assembly": {f"model.{room}" for room in MODEL} | {"model.architecture", "model.folder"},
+    "model.transformers_clip": {"model.assembly", "model.contrastive", "model.tokenizer", "model.weights"},
     "data.augmentation": {"data.stain"},
     "data.batches": {
         "data.decoding", "data.device_decoding", "data.pairs", "data.stored_pairs", "data.teacher_features",
@@ -176,17 +190,62 @@ ALLOWED: dict[str, set[str]] = {
         "training.loggers"
     },
     "training.data_statistics": {"distributed"},
+    "evaluation.bootstrap": {"evaluation.labelled_set"},
+    "evaluation.calibration": set(),
+    "evaluation.class_names": set(),
+    "evaluation.classification": {
+        "evaluation.bootstrap", "evaluation.calibration", "evaluation.labelled_set", "evaluation.metrics",
+        "evaluation.outcome"
+    },
+    "evaluation.comparison": {"evaluation.outcome"},
+    "evaluation.corruptions": {"evaluation.labelled_set"},
+    "evaluation.datasets": SET_READING,
+    "evaluation.feature_cache": set(),
+    "evaluation.features": {"distributed", "evaluation.feature_cache"},
+    "evaluation.few_shot": SCORING,
+    "evaluation.gallery": {"evaluation.bootstrap", "evaluation.outcome", "evaluation.retrieval_metrics"},
+    "evaluation.group_split": SET_READING,
+    "evaluation.h5_images": set(),
+    "evaluation.image_files": set(),
+    "evaluation.image_retrieval": SCORING,
+    "evaluation.knn": SCORING,
+    "evaluation.label_archives": SET_READING | {"evaluation.stored_images"},
+    "evaluation.label_table": set(),
+    "evaluation.labelled_set": set(),
+    "evaluation.linear_probe": SCORING | {"evaluation.probe"},
+    "evaluation.measuring": {"distributed", "evaluation.feature_cache", "evaluation.features", "evaluation.outcome"},
     "evaluation.metrics": set(),
+    "evaluation.outcome": set(),
+    "evaluation.pair_tables": SET_READING,
+    "evaluation.pathology_sets": SET_READING | {
+        "evaluation.group_split", "evaluation.h5_images", "evaluation.published_layout"
+    },
+    "evaluation.pathology_tables": SET_READING | {"evaluation.published_layout"},
     "evaluation.probe": set(),
     "evaluation.prompts": set(),
-    "evaluation.datasets": set(),
-    "evaluation.features": {"distributed"},
-    "evaluation.retrieval": {f"evaluation.{room}" for room in EVALUATION},
-    "evaluation.zeroshot": {f"evaluation.{room}" for room in EVALUATION},
-    "evaluation.linear_probe": {f"evaluation.{room}" for room in EVALUATION},
-    "evaluation.val_pairs": {f"evaluation.{room}" for room in EVALUATION},
+    "evaluation.published_layout": SET_READING,
+    "evaluation.retrieval": {"evaluation.features", "evaluation.gallery", "evaluation.outcome"},
+    "evaluation.retrieval_metrics": set(),
+    "evaluation.robustness": {
+        "evaluation.corruptions", "evaluation.features", "evaluation.labelled_set", "evaluation.measuring",
+        "evaluation.outcome", "evaluation.variants"
+    },
+    "evaluation.slide_pooling": {"evaluation.labelled_set", "evaluation.metrics", "evaluation.outcome"},
+    "evaluation.split_roles": {"evaluation.labelled_set"},
+    "evaluation.stored_images": set(),
+    "evaluation.train_sets": {"evaluation.labelled_set"},
+    "evaluation.truncation": {
+        "evaluation.features", "evaluation.measuring", "evaluation.outcome", "evaluation.variants"
+    },
+    "evaluation.val_pairs": {
+        "evaluation.features", "evaluation.gallery", "evaluation.outcome", "evaluation.retrieval"
+    },
+    "evaluation.variants": {"evaluation.outcome"},
+    "evaluation.zeroshot": SCORING | {"evaluation.prompts", "evaluation.slide_pooling"},
+    "release.charts": set(),
     "release.hub": {
-        "model.assembly", "model.contrastive", "model.embedder", "model.folder", "model.weights", "training.checkpoint"
+        "model.assembly", "model.contrastive", "model.embedder", "model.folder", "model.transformers_clip",
+        "model.weights", "training.checkpoint"
     },
     "__init__": {"release.hub"},
 }  # fmt: skip
@@ -199,6 +258,8 @@ CONFINED = {
     "typer": {"cli"},
     "webdataset": {"data"},
     "sklearn": {"evaluation"},
+    "h5py": {"evaluation"},
+    "matplotlib": {"release"},
 }
 
 

@@ -12,6 +12,7 @@ import quiltnet
 from quiltnet.cli.check import check
 from quiltnet.cli.doctor import doctor
 from quiltnet.cli.door import at_the_door
+from quiltnet.cli.embed import embed
 from quiltnet.cli.prepare import prepare
 from quiltnet.cli.shard import shard
 from quiltnet.cli.teach import teach
@@ -39,6 +40,7 @@ app.command()(shard)
 app.add_typer(check, name="check")
 app.command()(prepare)
 app.command()(teach)
+app.command()(embed)
 app.command()(doctor)
 
 

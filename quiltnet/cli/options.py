@@ -64,6 +64,9 @@ _ABSENT = object()
 RULES: dict[str, Rule] = {
     "output_dir": NAME,
     "overwrite": SWITCH,
+    "output": _optional(NAME),
+    "chart_metric": NAME,
+    "feature_cache": _optional(NAME),
     "resume": _optional(NAME),
     "seed": SEED,
     "global_batch_size": COUNT,
@@ -124,6 +127,7 @@ RULES: dict[str, Rule] = {
     "schedule.decay_shape": _one_of("linear", "cosine", "1-sqrt"),
     "callbacks.log_every_samples": _optional(COUNT),
     "callbacks.evaluate_every_samples": _optional(COUNT),
+    "callbacks.evaluation_budget_s": _optional(POSITIVE),
     "callbacks.checkpoint_every_samples": _optional(COUNT),
     "callbacks.keep_checkpoints": COUNT,
 }
@@ -139,6 +143,11 @@ PARTS = {
 def check_options(cfg: DictConfig) -> None:
     """Raises UserError for the first option that is not what it must be; options that the config lacks are passed."""
     _check_names(cfg)
+    check_values(cfg)
+
+
+def check_values(cfg: DictConfig) -> None:
+    """As ``check_options``, whatever the names are: evaluating has few options, which Hydra knows."""
     for name, (allows, words) in RULES.items():
         value = OmegaConf.select(cfg, name, default=_ABSENT)
         if value is not _ABSENT and not allows(value):

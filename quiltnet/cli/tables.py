@@ -10,24 +10,28 @@ from rich.markup import escape
 from rich.table import Table
 
 
-def print_before_and_after(start: Mapping[str, float], last: Mapping[str, float]) -> None:
-    """What training changed, a metric a line."""
+def print_before_and_after(
+    start: Mapping[str, float], last: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]
+) -> None:
+    """What training changed, a metric a line; ``intervals`` of the change, for those that have one."""
     if not last:
         return
-    table = Table("metric", "before", "after", "change")
+    table = Table("metric", "before", "after", "change", "95 % interval")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, value in last.items():
         before = start.get(name, float("nan"))
-        table.add_row(name, f"{before:.4f}", f"{value:.4f}", f"{value - before:+.4f}")
+        interval = "{:+.4f} to {:+.4f}".format(*intervals[name]) if name in intervals else ""
+        table.add_row(name, f"{before:.4f}", f"{value:.4f}", f"{value - before:+.4f}", interval)
     print_table(table)
 
 
-def print_columns(columns: Mapping[str, Mapping[str, float]]) -> None:
-    """Several models side by side: a metric a line, a model a column."""
-    table = Table("metric", *columns)
-    for name in dict.fromkeys(name for numbers in columns.values() for name in numbers):
-        table.add_row(name, *(f"{numbers[name]:.4f}" if name in numbers else "-" for numbers in columns.values()))
+def print_rows(rows: Sequence[Sequence[str]]) -> None:
+    """Rows of text, the header first."""
+    header, *rest = rows
+    table = Table(*header)
+    for row in rest:
+        table.add_row(*map(escape, row))
     print_table(table)
 
 

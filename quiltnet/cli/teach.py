@@ -5,7 +5,6 @@ The data wing and the models are imported where they are used: ``quiltnet --help
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,13 +53,9 @@ def teach(
 
 def describe_teacher(name: str, model: ContrastiveModel) -> dict[str, Any]:
     """What a manifest says of a teacher; ``sha256`` is of its weights."""
-    digest = hashlib.sha256()
-    for weight, tensor in model.clip.state_dict().items():
-        digest.update(f"{weight} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().float().numpy().tobytes())
     embed_dim = model.description.model_cfg["embed_dim"]
     scale = float(model.logit_scale.detach())
-    return {"name": name, "embed_dim": embed_dim, "logit_scale": scale, "sha256": digest.hexdigest()}
+    return {"name": name, "embed_dim": embed_dim, "logit_scale": scale, "sha256": model.weights_sha256()}
 
 
 def _print_outcome(manifest: dict[str, Any], out: Path) -> None:

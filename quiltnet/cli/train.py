@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from quiltnet.cli.computing import computing
+from quiltnet.cli.evaluators import check_monitored_split, make_evaluators
 from quiltnet.cli.objective import make_objective
 from quiltnet.cli.options import check_options
 from quiltnet.cli.run_directory import RunDirectory, check_run_directory, create_run_directory
@@ -26,6 +27,8 @@ from quiltnet.cli.train_data import data_statistics, device_batches, open_loader
 from quiltnet.data.reading import PairLoader
 from quiltnet.distributed import barrier, is_main, on_main, rank, world_size
 from quiltnet.errors import UserError
+from quiltnet.evaluation.measuring import Evaluator, measure
+from quiltnet.evaluation.outcome import paired_differences
 from quiltnet.model.contrastive import ContrastiveModel
 from quiltnet.model.folder import write_description
 from quiltnet.model.patch_dropout import set_patch_dropout
@@ -65,7 +68,7 @@ class Parts:
     model: ContrastiveModel
     loader: PairLoader
     clock: Clock
-    evaluators: dict[str, Any]
+    evaluators: dict[str, Evaluator]
     monitor: str | None
     optimizer: torch.optim.Optimizer
     schedule: Any
@@ -104,7 +107,9 @@ def run_train(cfg: DictConfig) -> float | None:  # all ranks
             shutil.rmtree(run.path)
         raise
     if is_main():
-        print_before_and_after(evaluate.start, evaluate.last)
+        changes = paired_differences(evaluate.last_outcomes, evaluate.start_outcomes)
+        intervals = {name: (change.low, change.high) for name, change in changes.items()}
+        print_before_and_after(evaluate.start, evaluate.last, intervals)
         print(f"run directory: {run.path}")
     return evaluate.last[parts.monitor] if parts.monitor else None
 
@@ -147,14 +152,16 @@ def make_parts(cfg: DictConfig) -> Parts:  # all ranks
     clock = plan_clock(cfg, loader.samples_per_epoch)
     objective = make_objective(cfg, model, accelerator)  # before the optimiser: it may thaw the model's bias
     spans = {"total_samples": clock.total_samples, "warmup_samples": clock.warmup_samples}
-    evaluators = {name: instantiate(evaluator, _convert_="all") for name, evaluator in cfg.evaluator.items()}
+    monitor = _check_monitor(cfg)
+    evaluators = make_evaluators(cfg, first=monitor and monitor.partition("/")[0])
+    check_monitored_split(monitor, evaluators)
     return Parts(
         accelerator=accelerator,
         model=model,
         loader=loader,
         clock=clock,
         evaluators=evaluators,
-        monitor=_check_monitor(cfg),
+        monitor=monitor,
         optimizer=instantiate(cfg.optim, model, _convert_="all"),
         schedule=instantiate(cfg.schedule, **spans),
         objective=objective,
@@ -258,10 +265,11 @@ def _make_callbacks(
         missing=parts.loader.missing,
     )
     evaluate = Evaluate(
-        parts.evaluators,
+        partial(measure, evaluators=parts.evaluators, time_budget_s=cfg.callbacks.evaluation_budget_s),
         logger,
         every_samples=clock.evaluate_every_samples,
         results=run.results,
+        evaluators={name: evaluator.describe() for name, evaluator in parts.evaluators.items()},
         monitor=parts.monitor,
     )
     # Last: when a checkpoint exists, so does all that was logged and measured before it.

@@ -17,11 +17,15 @@ class ShardPairs(Dataset):
     ``[i]`` is (RGB image, all captions, image id). A broken sample is an error: what is measured must not depend
     silently on what could be read.
 
+    Args:
+        split: ``val``, or ``test`` where nothing may be chosen on them.
+
     Raises:
         UserError: the shards hold fewer samples than their manifest says.
     """
 
-    def __init__(self, shards: ShardSpec, limit: int | None = None) -> None:
+    def __init__(self, shards: ShardSpec, limit: int | None = None, split: str = "val") -> None:
+        self.split = split
         self._pairs = StoredPairs(resolve_shards(shards))
         if self._pairs.missing:
             raise UserError(
@@ -32,6 +36,10 @@ class ShardPairs(Dataset):
 
     def __len__(self) -> int:
         return self._length
+
+    def content(self) -> list[str]:
+        """Lines that differ where the pairs do."""
+        return [*self._pairs.identities, str(self._length)]
 
     def __getitem__(self, number: int) -> tuple[Image.Image, list[str], str]:
         place = range(self._length)[number]

@@ -1,23 +1,25 @@
-"""A whole evaluation set to features, the work shared over ranks."""
+"""Whole evaluation sets to features, each set once, the work shared over ranks."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from quiltnet.distributed import all_gather_object, gather_rows, rank, world_size
+from quiltnet.distributed import all_gather_object, broadcast_object, gather_rows, rank, world_size
 from quiltnet.errors import UserError
+from quiltnet.evaluation.feature_cache import FeatureCache
 
 
 class EncodesImagesAndText(Protocol):
-    """All that an evaluator knows of a model. Its caller sets ``eval()``, ``no_grad`` and the precision."""
+    """All that is known of a model here. Its caller sets ``eval()``, ``no_grad`` and the precision."""
 
     @property
     def device(self) -> torch.device: ...
@@ -36,12 +38,16 @@ class EncodesImagesAndText(Protocol):
         """N captions -> (N, L) int64."""
         ...
 
-    def encode_image(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D) float32, unit length."""
+    def encode_image(self, image: Tensor, *, projected: bool = True) -> Tensor:
+        """(B, 3, H, W) -> (B, D) float32: unit length, or as the tower has them before its projection."""
         ...
 
     def encode_text(self, text: Tensor) -> Tensor:
         """(B, L) -> (B, D) float32, unit length."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that its features depend on but their input, weights by hash; JSON types only."""
         ...
 
 
@@ -52,57 +58,105 @@ class ImageSamples(Protocol):
 
     def __getitem__(self, index: int) -> tuple[Any, ...]: ...
 
-
-class LabelledImages(ImageSamples, Protocol):
-    """(image, label) by index; all labels (N,) int64 at once."""
-
-    @property
-    def labels(self) -> Tensor: ...
+    def content(self) -> list[str]:
+        """Lines that differ where the samples do."""
+        ...
 
 
 class HeldOutPairs(ImageSamples, Protocol):
     """(image, captions, image_id) by index: Image, list[str], str."""
 
+    @property
+    def split(self) -> str:
+        """``val``, or ``test`` where nothing may be chosen on them."""
+        ...
 
-def encode_labelled(
-    model: EncodesImagesAndText, dataset: LabelledImages, *, batch_size: int, workers: int = 0
-) -> tuple[Tensor, Tensor]:  # all ranks
-    """Features of all images and their labels, in the set's order, the same on every rank.
 
-    Returns:
-        image_features (N, D) float32 and labels (N,) int64, both on the CPU.
+class PairImages(NamedTuple):
+    """Held-out pairs in their order.
+
+    Attributes:
+        image_features: (N, D) float32, unit length.
+        captions: N lists.
+        image_ids: N.
     """
-    image_features, _ = _encode_images(model, dataset, batch_size, workers)
-    return image_features, dataset.labels
+
+    image_features: Tensor
+    captions: list[list[str]]
+    image_ids: list[str]
 
 
-def encode_pair_images(
-    model: EncodesImagesAndText, pairs: HeldOutPairs, *, batch_size: int, workers: int = 0
-) -> tuple[Tensor, list[list[str]], list[str]]:  # all ranks
-    """Image features of all pairs, and what belongs to each, in the set's order, the same on every rank.
+class SetEncoder:
+    """One model's features of whole sets, the same on every rank; a set that is asked for twice is encoded once.
 
-    Returns:
-        image_features (N, D) float32 on the CPU, captions (N lists) and image_id (N).
+    Args:
+        model: as its caller has set it: eval mode, no gradients, precision.
+        cache: where features outlive the process; None to keep them for as long as this object lives.
+        dtype: what the towers compute in, for the record and the cache; features are float32 in any case.
     """
-    image_features, rest = _encode_images(model, pairs, batch_size, workers)
-    rest = list(chain.from_iterable(all_gather_object(rest)))
-    return image_features, [list(captions) for captions, _ in rest], [image_id for _, image_id in rest]
 
+    def __init__(
+        self, model: EncodesImagesAndText, cache: FeatureCache | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.dtype = dtype
+        self._kept: dict[str, tuple[Tensor, list[Any]]] = {}
 
-def encode_captions(model: EncodesImagesAndText, captions: Sequence[str], *, batch_size: int) -> Tensor:  # all ranks
-    """Text features (N, D) float32 on the CPU, in the order of captions, the same on every rank."""
-    indices, own = _share(len(captions))
-    features = []
-    for start in range(0, len(indices), batch_size):
-        text = model.tokenize([captions[index] for index in indices[start : start + batch_size]])  # (B, L)
-        features.append(model.encode_text(text.to(model.device)).float())
-    return gather_rows(torch.cat(features)[:own]).cpu()
+    @property
+    def logit_scale(self) -> Tensor:
+        """() float32 on the CPU."""
+        return self.model.logit_scale.detach().float().cpu()
+
+    def images(
+        self, samples: ImageSamples, *, batch_size: int, workers: int = 0, projected: bool = True
+    ) -> Tensor:  # all ranks
+        """(N, D) float32 on the CPU, in the set's order: unit length, or raw and before the projection."""
+        features, _ = self._encoded(samples, batch_size, workers, projected, with_rest=False)
+        return features
+
+    def pairs(self, pairs: HeldOutPairs, *, batch_size: int, workers: int = 0) -> PairImages:  # all ranks
+        """Image features of all pairs, and what belongs to each."""
+        features, rest = self._encoded(pairs, batch_size, workers, projected=True, with_rest=True)
+        return PairImages(features, [list(captions) for captions, _ in rest], [image_id for _, image_id in rest])
+
+    def texts(self, captions: Sequence[str], *, batch_size: int) -> Tensor:  # all ranks
+        """(N, D) float32 on the CPU, unit length, in the order of captions."""
+        indices, own = _share(len(captions))
+        features = []
+        for start in range(0, len(indices), batch_size):
+            text = self.model.tokenize([captions[index] for index in indices[start : start + batch_size]])  # (B, L)
+            features.append(self.model.encode_text(text.to(self.model.device)).float())
+        return gather_rows(torch.cat(features)[:own]).cpu()
+
+    def _encoded(
+        self, samples: ImageSamples, batch_size: int, workers: int, projected: bool, with_rest: bool
+    ) -> tuple[Tensor, list[Any]]:  # all ranks
+        # Rank 0's key: a file's time may differ between the machines that see it, and all must agree on what to do.
+        key = broadcast_object(self._key(samples, projected, with_rest) if rank() == 0 else None)
+        if key not in self._kept:
+            found = broadcast_object(self.cache.load(key) if self.cache is not None and rank() == 0 else None)
+            if found is None:
+                found = _encode_images(self.model, samples, batch_size, workers, projected, with_rest)
+                if self.cache is not None and rank() == 0:
+                    self.cache.save(key, *found)
+            self._kept[key] = found
+        return self._kept[key]
+
+    def _key(self, samples: ImageSamples, projected: bool, with_rest: bool) -> str:
+        # Within one object the model is the same, and hashing weights takes seconds.
+        model = self.model.describe() if self.cache is not None else None
+        digest = hashlib.sha256(repr((model, str(self.dtype), projected, with_rest)).encode())
+        for line in samples.content():
+            digest.update(line.encode())
+            digest.update(b"\n")
+        return digest.hexdigest()
 
 
 def _encode_images(
-    model: EncodesImagesAndText, samples: ImageSamples, batch_size: int, workers: int
-) -> tuple[Tensor, list[tuple[Any, ...]]]:  # all ranks
-    """Image features (N, D) of all samples, and of this rank's own samples what comes with their images."""
+    model: EncodesImagesAndText, samples: ImageSamples, batch_size: int, workers: int, projected: bool, with_rest: bool
+) -> tuple[Tensor, list[Any]]:  # all ranks
+    """Image features (N, D) of all samples on the CPU, and what comes with their images if that is wanted."""
     indices, own = _share(len(samples))
     loader = DataLoader(
         _Transformed(samples, model.transform),
@@ -119,9 +173,11 @@ def _encode_images(
         if isinstance(batch, UserError):
             raise batch
         image, rest_of_batch = batch
-        features.append(model.encode_image(image.to(model.device, non_blocking=True)).float())  # (B, D)
+        image = image.to(model.device, non_blocking=True)
+        features.append(model.encode_image(image, projected=projected).float())  # (B, D)
         rest.extend(rest_of_batch)
-    return gather_rows(torch.cat(features)[:own]).cpu(), rest[:own]
+    everything = list(chain.from_iterable(all_gather_object(rest[:own]))) if with_rest else []
+    return gather_rows(torch.cat(features)[:own]).cpu(), everything
 
 
 def _share(count: int) -> tuple[list[int], int]:

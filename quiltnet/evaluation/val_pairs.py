@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quiltnet.errors import UserError
-from quiltnet.evaluation.features import (
-    EncodesImagesAndText,
-    HeldOutPairs,
-    encode_captions,
-    encode_pair_images,
-)
-from quiltnet.evaluation.metrics import symmetric_info_nce
-from quiltnet.evaluation.retrieval import build_gallery, check_pairs
+from quiltnet.evaluation.features import HeldOutPairs, SetEncoder
+from quiltnet.evaluation.gallery import build_gallery
+from quiltnet.evaluation.outcome import Outcome
+from quiltnet.evaluation.retrieval import check_pairs, describe_pairs
 
 KS = (1, 5)
 
@@ -28,7 +25,7 @@ class ValPairs:
 
     The loss is the mean over consecutive batches of ``batch_size`` pairs, in the set's order and whatever the
     number of ranks. A smaller last batch, whose loss is lower for having fewer wrong answers, is left out
-    unless it is the only one.
+    unless it is the only one. It has no interval: batches are not drawn again.
 
     For the health of one run: the loss depends on ``batch_size`` and on how often a batch repeats a caption
     (d equal ones cannot get below ln d), so do not compare it across sets.
@@ -37,32 +34,41 @@ class ValPairs:
     pairs: HeldOutPairs
     batch_size: int = 64
     workers: int = 0
-    _sizes: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_pairs(self.pairs)
         if self.batch_size < 2:
             raise UserError(f"batch_size={self.batch_size}: a pair has nothing to be confused with; give at least 2")
 
-    def run(self, model: EncodesImagesAndText) -> Iterator[tuple[str, float]]:  # all ranks
+    @property
+    def split(self) -> str:
+        return self.pairs.split
+
+    def run(self, encoder: SetEncoder) -> Outcome:  # all ranks
         """loss, image_to_text_recall@k and text_to_image_recall@k."""
-        image_features, captions, image_ids = encode_pair_images(
-            model, self.pairs, batch_size=self.batch_size, workers=self.workers
-        )
-        gallery = build_gallery(image_ids, [in_row[:1] for in_row in captions])
-        self._sizes = gallery.sizes()
-        text_features = encode_captions(model, gallery.captions, batch_size=self.batch_size)  # (C, D)
+        pairs = encoder.pairs(self.pairs, batch_size=self.batch_size, workers=self.workers)
+        gallery = build_gallery(pairs.image_ids, [in_row[:1] for in_row in pairs.captions])
+        caption_features = encoder.texts(gallery.captions, batch_size=self.batch_size)  # (U, D)
+        found = gallery.outcome(pairs.image_features, caption_features, KS)
+        recalls = [metric for metric in found.scores if "recall" in metric]
+
         first_caption = [indices[0] for indices in gallery.caption_of_row]  # N
-        yield "loss", self._loss(image_features, text_features[first_caption], model.logit_scale)
-        yield from gallery.recalls(image_features, text_features, KS)
+        loss = self._loss(pairs.image_features, caption_features[first_caption], encoder.logit_scale)
+        scores = {"loss": loss} if math.isfinite(loss) else {}
+        undefined = {} if scores else {"loss": f"it is {loss}, as of features that are NaN"}
+        return Outcome(
+            scores=scores | {metric: found.scores[metric] for metric in recalls},
+            replicates={metric: found.replicates[metric] for metric in recalls},
+            details={**found.details, "undefined": {**found.details["undefined"], **undefined}},
+            items=found.items,
+        )
 
     def describe(self) -> dict[str, Any]:
-        """JSON types only; the sizes of the gallery are known once ``run`` has read the pairs."""
-        return {"pairs": len(self.pairs), "batch_size": self.batch_size, **self._sizes}
+        """Data and choices; JSON types only. The gallery's sizes are in the outcome's details."""
+        return {**describe_pairs(self.pairs), "ks": list(KS), "batch_size": self.batch_size}
 
     def _loss(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> float:
         """image_features, text_features: (N, D), a row a pair; logit_scale: ()."""
-        logit_scale = logit_scale.detach().float().cpu()
         size = min(self.batch_size, len(image_features))
         batches = len(image_features) // size
         losses = [
@@ -72,3 +78,13 @@ class ValPairs:
             )
         ]
         return torch.tensor(losses, dtype=torch.float64).mean().item()
+
+
+def symmetric_info_nce(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> float:
+    """CLIP's loss of one batch (arXiv:2103.00020): both directions' cross-entropy, pair i being right for i, averaged.
+
+    image_features, text_features: (B, D), unit length; logit_scale: ().
+    """
+    logits_per_image = logit_scale * (image_features.double() @ text_features.double().T)  # (B, B)
+    target = torch.arange(len(logits_per_image), device=logits_per_image.device)  # (B,)
+    return (F.cross_entropy(logits_per_image, target) + F.cross_entropy(logits_per_image.T, target)).item() / 2

@@ -122,7 +122,7 @@ def assemble(
     vision_cfg["timm_model_pretrained"] = timm_weights
     text_cfg["hf_model_pretrained"] = hugging_face_weights
     if text_tower is not None:
-        text_cfg["hf_model_name"] = _text_tower_source(text_tower)
+        text_cfg["hf_model_name"] = _hugging_face_source(text_tower, "a text tower", ("config.json",))
     model_class = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
     names_hub = timm_weights or (text_tower is not None and not Path(text_cfg["hf_model_name"]).is_dir())
     access = hub_access(
@@ -199,14 +199,14 @@ def _initialise_logits(plan: Plan, init_logit_scale: float | None, init_logit_bi
         plan.description.model_cfg["init_logit_bias"] = init_logit_bias
 
 
-def _text_tower_source(name_or_folder: str) -> str:
+def _hugging_face_source(name_or_folder: str, what: str, files: Sequence[str]) -> str:
     """A hub name as it is; a folder as an absolute path, since the description may be read from another directory."""
     looks_like_path = name_or_folder.startswith(("package:", "/", ".", "~")) or Path(name_or_folder).is_dir()
     if not looks_like_path:
         return name_or_folder
     folder = resolve_path(name_or_folder).resolve()
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json; a text tower's folder is one that transformers saved")
+    if not any((folder / file).is_file() for file in files):
+        raise UserError(f"{folder} has no {' or '.join(files)}; {what}'s folder is one that transformers saved")
     return str(folder)
 
 
@@ -221,7 +221,8 @@ def _tokenizer(plan: Plan) -> Tokenizer:
             return built_in_tokenizer(plan.architecture, context_length)
     if name is None:
         return bpe_tokenizer(context_length, **options)
-    text_cfg["hf_tokenizer_name"] = _text_tower_source(name)
+    files = ("tokenizer_config.json", "config.json")
+    text_cfg["hf_tokenizer_name"] = _hugging_face_source(name, "a tokeniser", files)
     is_local = Path(text_cfg["hf_tokenizer_name"]).is_dir()
     with nullcontext() if is_local else hub_access(f"the tokeniser {name}", remedy):
         return hugging_face_tokenizer(text_cfg["hf_tokenizer_name"], context_length, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
+from quiltnet.model.backbone_features import backbone_features
 from quiltnet.model.text_forward import encode_text, padding_is_idle
 from quiltnet.model.tokenizer import BatchTokenizer, Tokenizer
 from quiltnet.model.tower_blocks import parameter_layers, tower_blocks
@@ -100,18 +103,41 @@ class ContrastiveModel(nn.Module):
         second = self.encode_image(second_image) if second_image is not None else None
         return PairFeatures(self.encode_image(image), self.encode_text(text), self.logit_scale, self.logit_bias, second)
 
-    def encode_image(self, image: Tensor) -> Tensor:
-        """image: ``(B, 3, H, W)``, floats from ``transform`` or raw uint8, which is normalised here -> ``(B, D)``."""
+    def encode_image(self, image: Tensor, *, projected: bool = True) -> Tensor:
+        """image: ``(B, 3, H, W)``, floats from ``transform`` or raw uint8, which is normalised here -> ``(B, D)``.
+
+        Not ``projected``: ``(B, width)`` float32 as the image tower has them before its projection, of any length;
+        UserError where no such features can be told apart.
+        """
         if image.dtype == torch.uint8:
             # torchvision's ToTensor and Normalize, operation for operation, so that both roads give the same bits.
             # Not in the loader's channels_last, in which gradients of 1x1 convolutions do not lie as DDP's buckets do.
             image = image.to(torch.float32, memory_format=torch.contiguous_format)
             image = image.div(255).sub(self._mean).div(self._std)
+        if not projected:
+            return backbone_features(self.clip.visual, image).float()
         return F.normalize(self.clip.encode_image(image).float(), dim=-1)
 
     def encode_text(self, text: Tensor) -> Tensor:
         """text: ``(B, L)`` int64 from ``tokenize``, or shorter from ``batch_tokenizer`` -> ``(B, D)``."""
         return F.normalize(encode_text(self.clip, text).float(), dim=-1)
+
+    def weights_sha256(self) -> str:
+        """Of names, shapes and float32 values of all weights; reads all of them, about a second a gigabyte."""
+        digest = hashlib.sha256()
+        for name, tensor in self.clip.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.cpu().contiguous().float().numpy().tobytes())
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """All that features depend on but their input: weights by hash, architecture, preprocessing; JSON types."""
+        description = {
+            "weights_sha256": self.weights_sha256(),
+            "model_cfg": self.description.model_cfg,
+            "preprocess_cfg": self.description.preprocess_cfg,
+        }
+        return json.loads(json.dumps(description))  # tuples become lists, as they are after any file
 
     def batch_tokenizer(self) -> BatchTokenizer:
         """What training reads captions with: padding left out where this text tower gives the same features so."""

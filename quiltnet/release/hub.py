@@ -18,6 +18,7 @@ from quiltnet.model.assembly import build_model, load_folder
 from quiltnet.model.contrastive import ContrastiveModel
 from quiltnet.model.embedder import Embedder
 from quiltnet.model.folder import CONFIG_NAME, WEIGHTS_NAME, write_description
+from quiltnet.model.transformers_clip import is_transformers_clip, load_transformers_clip
 from quiltnet.model.weights import hub_access
 from quiltnet.training.checkpoint import WEIGHTS_NAME as CHECKPOINT_WEIGHTS_NAME
 from quiltnet.training.checkpoint import latest_checkpoint
@@ -32,8 +33,9 @@ def load(source: str | Path) -> Embedder:
     """A model ready to encode: ``encode_images(list of PIL)``, ``encode_text(list of str)``.
 
     Args:
-        source: a run directory, one of its checkpoints, an exported open_clip folder, ``hub:org/name``, or
-            ``architecture:pretrained`` by open_clip's names.
+        source: a run directory, one of its checkpoints, a folder in the layout of open_clip (an export) or of
+            transformers' ``CLIPModel``, ``hub:org/name`` of either layout, or ``architecture:pretrained`` by
+            open_clip's names.
     """
     return Embedder(load_model(source))
 
@@ -44,10 +46,12 @@ def load_model(source: str | Path) -> ContrastiveModel:
     path = Path(name)
     if name.startswith(HUB_PREFIX):
         repository = name.removeprefix(HUB_PREFIX)
-        with hub_access(f"the model {repository}", "give a local folder in open_clip's layout"):
-            return load_folder(snapshot_download(repository))
+        with hub_access(f"the model {repository}", "give a local folder in the layout of open_clip or transformers"):
+            path = Path(snapshot_download(repository))
     if (path / CONFIG_NAME).is_file():
         return load_folder(path)
+    if is_transformers_clip(path):
+        return load_transformers_clip(path)
     if (path / CHECKPOINT_WEIGHTS_NAME).is_file():
         return _load_checkpoint(path)
     if (path / DESCRIPTION_FOLDER / CONFIG_NAME).is_file():
@@ -59,8 +63,8 @@ def load_model(source: str | Path) -> ContrastiveModel:
     if colon and not path.exists():
         return build_model(architecture, pretrained=pretrained)
     raise UserError(
-        f"{name} is no model: give a run directory (outputs/…), an exported folder with {CONFIG_NAME}, "
-        "hub:org/name, or an open_clip name:tag such as ViT-B-32:openai"
+        f"{name} is no model: give a run directory (outputs/…), an exported folder with {CONFIG_NAME}, a folder of "
+        "transformers whose config.json names CLIPModel, hub:org/name, or an open_clip name:tag such as ViT-B-32:openai"
     )
 
 

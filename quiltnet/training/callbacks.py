@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from quiltnet.distributed import all_gather_object, broadcast_object, is_main, mean_over_ranks, on_main, world_size
+from quiltnet.distributed import all_gather_object, is_main, mean_over_ranks, on_main, world_size
 from quiltnet.errors import UserError
 from quiltnet.training.checkpoint import checkpoint_path, save_checkpoint
 from quiltnet.training.data_statistics import DataStatistics
@@ -25,10 +24,16 @@ from quiltnet.training.loggers import LoggerGroup, cut_after
 _SAMPLES_BEFORE_JUDGING = 1000
 
 
-class Evaluator(Protocol):
-    def run(self, model: nn.Module) -> Iterator[tuple[str, float]]: ...
+class Outcome(Protocol):
+    """What an evaluator found of a model."""
 
-    def describe(self) -> dict[str, Any]: ...
+    @property
+    def scores(self) -> Mapping[str, float]: ...
+
+    def as_json(self) -> dict[str, Any]: ...
+
+
+Measure = Callable[[nn.Module], Mapping[str, Outcome]]
 
 
 class LogMetrics(Callback):
@@ -211,33 +216,43 @@ class SaveCheckpoint(Callback):
 
 
 class Evaluate(Callback):
-    """Runs every evaluator before the first step, every so many samples, and at the end.
+    """Measures the model before the first step, every so many samples, and at the end.
 
-    Metric names are ``evaluator/metric``. ``results.json`` keeps the first and the newest numbers side by side, with
-    what each evaluator says of its data.
+    Metric names are ``evaluator/metric``. ``results.json`` keeps the first and the newest numbers side by side, the
+    newest outcomes whole, and what each evaluator says of its data.
+
+    Args:
+        measure: model -> outcome of each evaluator, the same on all ranks; called by all of them.
+        evaluators: what each evaluator says of its data and choices, by name.
+        monitor: ``evaluator/metric`` that has to be among the numbers.
     """
 
     def __init__(
         self,
-        evaluators: Mapping[str, Evaluator],
+        measure: Measure,
         logger: LoggerGroup,
         *,
         every_samples: int | None,
         results: Path,
+        evaluators: Mapping[str, Mapping[str, Any]],
         monitor: str | None = None,
     ) -> None:
-        self.evaluators = dict(evaluators)
+        self.measure = measure
         self.logger = logger
         self.every_samples = every_samples
         self.results = results
+        self.evaluators = dict(evaluators)
         self.monitor = monitor
         self.start: dict[str, float] = {}
         self.last: dict[str, float] = {}
+        self.start_outcomes: Mapping[str, Outcome] = {}  # empty in a run that was resumed
+        self.last_outcomes: Mapping[str, Outcome] = {}
         self._evaluated_at = -1
 
     def fit_start(self, state: TrainState) -> None:
         if state.samples_seen == 0:
             self._evaluate(state)
+            self.start_outcomes = self.last_outcomes
             return
         kept = on_main(lambda: _read_json(self.results))
         self.start, self.last = kept.get("start", {}), kept.get("last", {})
@@ -257,10 +272,11 @@ class Evaluate(Callback):
     def _evaluate(self, state: TrainState) -> None:  # all ranks
         if not self.evaluators:
             return
-        numbers = evaluate(state.unwrapped, self.evaluators)
+        outcomes = self.measure(state.unwrapped)
+        numbers = flat_scores(outcomes)
         if self.monitor is not None and self.monitor not in numbers:
             raise UserError(f"monitor={self.monitor} is not among what the evaluators measure: {', '.join(numbers)}")
-        self.start, self.last = self.start or numbers, numbers
+        self.start, self.last, self.last_outcomes = self.start or numbers, numbers, outcomes
         self._evaluated_at = state.samples_seen
         self.logger.log(numbers, state.samples_seen)
         if is_main():
@@ -268,33 +284,21 @@ class Evaluate(Callback):
                 "samples_seen": state.samples_seen,
                 "start": self.start,
                 "last": self.last,
-                "evaluators": {name: evaluator.describe() for name, evaluator in self.evaluators.items()},
+                "outcomes": {name: outcome.as_json() for name, outcome in outcomes.items()},
+                "evaluators": self.evaluators,
             }
             temporary = self.results.with_suffix(".tmp")
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             temporary.rename(self.results)
 
 
-def evaluate(model: nn.Module, evaluators: Mapping[str, Evaluator]) -> dict[str, float]:  # all ranks
-    """``{"evaluator/metric": value}``, rank 0's on every rank."""
-    numbers: dict[str, float] = {}
-    for name, evaluator in evaluators.items():
-        with evaluation_mode(model):
-            numbers.update({f"{name}/{metric}": float(value) for metric, value in evaluator.run(model)})
-    return broadcast_object(numbers)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; outside, mode and random generators are as if nothing had happened."""
-    was_training = model.training
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(was_training)
+def flat_scores(outcomes: Mapping[str, Outcome]) -> dict[str, float]:
+    """``{"evaluator/metric": value}``."""
+    return {
+        f"{name}/{metric}": float(value)
+        for name, outcome in outcomes.items()
+        for metric, value in outcome.scores.items()
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,13 +44,16 @@ class ToyModel:
             row[: len(ids)] = torch.tensor(ids)
         return text
 
-    def encode_image(self, image: Tensor) -> Tensor:
+    def encode_image(self, image: Tensor, *, projected: bool = True) -> Tensor:
         self.encoded.append(len(image))
-        return F.normalize(image.flatten(1) @ self.image_weights, dim=-1)
+        return F.normalize(image.flatten(1) @ self.image_weights, dim=-1) if projected else image.flatten(1)[:, :24]
 
     def encode_text(self, text: Tensor) -> Tensor:
         self.encoded.append(len(text))
         return F.normalize((self.text_weights[text] * (text != 0)[..., None]).sum(dim=1), dim=-1)
+
+    def describe(self) -> dict[str, Any]:
+        return {"toy": type(self).__name__}
 
 
 class ColourModel(ToyModel):
@@ -61,7 +65,7 @@ class ColourModel(ToyModel):
         for word, colour in COLOURS.items():
             self.text_weights[word_id(word)] = torch.tensor(colour)
 
-    def encode_image(self, image: Tensor) -> Tensor:
+    def encode_image(self, image: Tensor, *, projected: bool = True) -> Tensor:
         return F.normalize(image.mean(dim=(2, 3)), dim=-1)
 
 
@@ -72,7 +76,7 @@ class BrokenModel(ToyModel):
         super().__init__()
         self.value = value
 
-    def encode_image(self, image: Tensor) -> Tensor:
+    def encode_image(self, image: Tensor, *, projected: bool = True) -> Tensor:
         return F.normalize(torch.full((len(image), 16), self.value), dim=-1)
 
     def encode_text(self, text: Tensor) -> Tensor:
@@ -91,6 +95,7 @@ class DrawnPairs:
     """(image, captions, image_id) from memory."""
 
     samples: list[tuple[np.ndarray, list[str], str]]
+    split: str = "val"
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -98,6 +103,9 @@ class DrawnPairs:
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str], str]:
         image, captions, image_id = self.samples[index]
         return Image.fromarray(image), captions, image_id
+
+    def content(self) -> list[str]:
+        return [f"{zlib.crc32(image.tobytes())} {captions} {image_id}" for image, captions, image_id in self.samples]
 
 
 def many_to_many_pairs(count: int, seed: int = 0) -> DrawnPairs:

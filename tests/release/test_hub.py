@@ -17,6 +17,7 @@ from quiltnet.model.assembly import build_model
 from quiltnet.release import hub
 from quiltnet.release.hub import export_open_clip
 from tests.model.towers import TINY_TEXT, TINY_VIT, bert_folder, tiny_model
+from tests.model.transformers_folder import save_clip, small_clip
 
 CAPTIONS = ["fatty tissue of a gland", "glands"]
 
@@ -63,6 +64,33 @@ def test_a_moved_folder_still_loads(tmp_path):
     shutil.rmtree(tmp_path / "bert")
     moved = quiltnet.load(tmp_path / "elsewhere")
     torch.testing.assert_close(moved.encode_text(CAPTIONS), hub.Embedder(model).encode_text(CAPTIONS))
+
+
+def test_a_folder_of_transformers_loads_and_is_exported(tmp_path):
+    folder = save_clip(small_clip(), tmp_path / "clip")
+    ours = quiltnet.load(folder)
+    assert export_open_clip(ours.model, tmp_path / "out") <= 1e-5
+    shutil.rmtree(folder)
+    torch.testing.assert_close(quiltnet.load(tmp_path / "out").encode_text(CAPTIONS), ours.encode_text(CAPTIONS))
+
+
+@pytest.mark.parametrize("layout", ["transformers", "open_clip", "both"])
+def test_the_hub_may_hold_either_layout(tmp_path, monkeypatch, layout):
+    monkeypatch.setattr(hub, "snapshot_download", lambda repository: str(tmp_path / repository))
+    if layout != "open_clip":
+        save_clip(small_clip(), tmp_path / "some/model")
+    if layout != "transformers":
+        export_open_clip(tiny_model(), tmp_path / "export")
+        shutil.copytree(tmp_path / "export", tmp_path / "some/model", dirs_exist_ok=True)
+    assert hub.load_model("hub:some/model").image_size == 32
+    width = hub.load_model("hub:some/model").description.model_cfg["vision_cfg"]["width"]
+    assert width == (48 if layout == "transformers" else 32), "open_clip's layout is the more exact one"
+
+
+def test_a_repository_of_neither_layout_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "snapshot_download", lambda repository: str(tmp_path))
+    with pytest.raises(UserError, match=r"hub:some/model is no model: .*names CLIPModel"):
+        hub.load_model("hub:some/model")
 
 
 def test_an_export_that_does_not_come_back_equal_is_not_written(tmp_path, monkeypatch):

@@ -10,7 +10,9 @@ import torch
 from open_clip.transformer import PatchDropout
 
 from quiltnet.errors import UserError
-from quiltnet.training.callbacks import Evaluate, LogMetrics, Quarantine, evaluate
+from quiltnet.evaluation.measuring import measure
+from quiltnet.evaluation.outcome import Outcome
+from quiltnet.training.callbacks import Evaluate, LogMetrics, Quarantine
 from quiltnet.training.engine import TrainState, fit, start_training
 from quiltnet.training.loggers import LoggerGroup
 from quiltnet.training.losses import InfoNCE
@@ -32,13 +34,27 @@ class Recorder(list):
 class Noise:
     """An evaluator that would disturb training if it could: it draws, and leaves the model's mode changed."""
 
-    def run(self, model):
-        assert not model.training and not torch.is_grad_enabled()
-        yield "value", torch.rand(()).item()
-        model.train()
+    split = "val"
 
-    def describe(self):
-        return {"of": "noise"}
+    def run(self, encoder):
+        assert not encoder.model.training and not torch.is_grad_enabled()
+        encoder.model.train()
+        return Outcome({"value": torch.rand(()).item()}, details={"drawn": 1})
+
+
+def measure_noise(model):
+    return measure(model, {"noise": Noise()})
+
+
+def evaluate_noise(recorder, folder, monitor=None, every_samples=None):
+    return Evaluate(
+        measure_noise,
+        recorder,
+        every_samples=every_samples,
+        results=folder / "results.json",
+        evaluators={"noise": {"of": "noise"}},
+        monitor=monitor,
+    )
 
 
 def batches(batch_size=4, rejected=()):
@@ -74,26 +90,19 @@ def train(callbacks, steps=4, rejected=()) -> TrainState:
 def test_evaluation_does_not_change_training(tmp_path):
     silent = train([])
     recorder = Recorder()
-    evaluated = Evaluate({"noise": Noise()}, recorder, every_samples=4, results=tmp_path / "results.json")
-    watched = train([evaluated])
+    watched = train([evaluate_noise(recorder, tmp_path, every_samples=4)])
     torch.testing.assert_close(watched.state_dict()["weights"], silent.state_dict()["weights"], rtol=0, atol=0)
     assert [samples for samples, _ in recorder] == [0, 4, 8, 12, 16], "start, every step, and the end once"
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["start"] == recorder[0][1] and results["last"] == recorder[-1][1]
     assert results["evaluators"] == {"noise": {"of": "noise"}}
+    assert results["outcomes"]["noise"]["drawn"] == 1
 
 
 def test_a_monitor_that_nobody_measures_ends_the_run_at_its_start(tmp_path):
-    state = new_state()
-    callback = Evaluate({"n": Noise()}, Recorder(), every_samples=None, results=tmp_path / "r", monitor="n/accuracy")
-    with pytest.raises(UserError, match="n/accuracy is not among what the evaluators measure: n/value"):
-        callback.fit_start(state)
-
-
-def test_evaluate_alone_names_metrics_and_restores_the_mode():
-    model = tiny_model().train()
-    assert list(evaluate(model, {"a": Noise(), "b": Noise()})) == ["a/value", "b/value"]
-    assert model.training
+    callback = evaluate_noise(Recorder(), tmp_path, monitor="noise/accuracy")
+    with pytest.raises(UserError, match="noise/accuracy is not among what the evaluators measure: noise/value"):
+        callback.fit_start(new_state())
 
 
 def test_log_means_over_the_window():

@@ -1,0 +1,37 @@
+"""The evaluators of a config, and what they may be used for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from quiltnet.errors import UserError
+from quiltnet.evaluation.measuring import Evaluator
+
+
+def make_evaluators(cfg: DictConfig, first: str | None = None) -> dict[str, Evaluator]:
+    """All of ``cfg.evaluator``, by name.
+
+    Args:
+        first: the one that runs before the others, so that no time budget leaves it out.
+    """
+    names = sorted(cfg.evaluator, key=lambda name: name != first)
+    return {name: instantiate(cfg.evaluator[name], _convert_="all") for name in names}
+
+
+def check_monitored_split(monitor: str | None, evaluators: Mapping[str, Evaluator]) -> None:
+    """Whatever is chosen by a number of a test set makes that number worthless.
+
+    Raises:
+        UserError: ``monitor`` is measured on a test split.
+    """
+    if monitor is None:
+        return
+    name = monitor.partition("/")[0]
+    if evaluators[name].split == "test":
+        raise UserError(
+            f"monitor={monitor} would choose by a test set, as {name} is scored on one (so are images that nobody "
+            f"declared to be another); monitor a validation split, or say split: val in the set of {name}, if it is one"
+        )
