@@ -153,7 +153,12 @@ def in_memory(
     """
     images, labels, class_names = tiles
     return LabelledSet(
-        images, torch.tensor(labels, dtype=torch.int64), list(class_names), split=split, origin={"source": source}
+        images=images,
+        labels=torch.tensor(labels, dtype=torch.int64),
+        class_names=list(class_names),
+        names=[f"{source}/{index}" for index in range(len(images))],  # sets of another source are other items
+        split=split,
+        origin={"source": source},
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
@@ -102,6 +103,7 @@ class SetEncoder:
         self.cache = cache
         self.dtype = dtype
         self._kept: dict[str, tuple[Tensor, list[Any]]] = {}
+        self._contents: dict[int, tuple[ImageSamples, str]] = {}  # by id, which the reference keeps from being reused
 
     @property
     def logit_scale(self) -> Tensor:
@@ -144,13 +146,22 @@ class SetEncoder:
         return self._kept[key]
 
     def _key(self, samples: ImageSamples, projected: bool, with_rest: bool) -> str:
-        # Within one object the model is the same, and hashing weights takes seconds.
-        model = self.model.describe() if self.cache is not None else None
-        digest = hashlib.sha256(repr((model, str(self.dtype), projected, with_rest)).encode())
-        for line in samples.content():
-            digest.update(line.encode())
-            digest.update(b"\n")
-        return digest.hexdigest()
+        model = self._model if self.cache is not None else None  # within one object it is the same
+        facts = (model, str(self.dtype), projected, with_rest, self._content(samples))
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    @cached_property
+    def _model(self) -> dict[str, Any]:
+        return self.model.describe()  # hashing weights takes seconds
+
+    def _content(self, samples: ImageSamples) -> str:
+        """Hash of what the samples say they are, which for files means to look at each."""
+        if id(samples) not in self._contents:
+            digest = hashlib.sha256()
+            for line in samples.content():
+                digest.update(f"{line}\n".encode())
+            self._contents[id(samples)] = samples, digest.hexdigest()
+        return self._contents[id(samples)][1]
 
 
 def _encode_images(

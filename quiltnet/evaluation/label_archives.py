@@ -188,7 +188,10 @@ def _find_tars(shards: Sequence[str]) -> list[Path]:
         if folder.is_dir():
             found = sorted(folder.glob("*.tar"))
         else:
-            named = [str(folder)] if folder.is_file() else list(braceexpand.braceexpand(str(folder)))
+            try:
+                named = [str(folder)] if folder.is_file() else list(braceexpand.braceexpand(str(folder)))
+            except braceexpand.UnbalancedBracesError as error:
+                raise UserError(f"{shard} has a brace that is not closed; write as test-{{00..07}}.tar") from error
             found = [Path(path) for name in named for path in (sorted(glob.glob(name)) if "*" in name else [name])]
         if not found:
             raise UserError(f"{shard} names no tar; give a folder of .tar files, or their names")

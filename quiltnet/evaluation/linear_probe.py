@@ -2,122 +2,260 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quiltnet.errors import UserError
-from quiltnet.evaluation.datasets import LabelledSet
-from quiltnet.evaluation.features import EncodesImagesAndText, encode_labelled
-from quiltnet.evaluation.metrics import NO_CLASS, balanced_accuracy, classification_scores, predict
-from quiltnet.evaluation.probe import Probe, fit_probes, hold_out
+from quiltnet.evaluation.classification import classification_outcome, mean_outcome
+from quiltnet.evaluation.features import SetEncoder
+from quiltnet.evaluation.labelled_set import LabelledSet, Split
+from quiltnet.evaluation.metrics import balanced_accuracy, predict
+from quiltnet.evaluation.outcome import Outcome
+from quiltnet.evaluation.probe import Probe, balanced_weights, fit_probes_on_subsets
+from quiltnet.evaluation.probe_splits import TrainPart, hold_out, hold_out_folds
+from quiltnet.evaluation.train_sets import check_goes_with_train
 
-# Features of unit length need weak penalties: on drawn ones (see fit_probes) 1e-2 is chance, 1e5 equals 1e3.
-C_VALUES = (1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3, 1e4, 1e5)
+# 45 from 1e-6 to 1e5, TITAN's grid: features of unit length need weak penalties, others strong ones.
+C_VALUES = tuple(10 ** (-6 + 11 * place / 44) for place in range(45))
+# Fewer held-out rows of a class than this say little of a C; folds together hold out all rows.
+FEWEST_HELD_OUT = 10
+FOLDS = 5
+
+
+class _Fit(NamedTuple):
+    """Rows (n,) of train to fit one probe to, and masks (F, n) of those held out in turn; none with a validation set.
+
+    Several seeds that draw the same rows share the fit.
+    """
+
+    rows: Tensor
+    held_out: list[Tensor]
 
 
 @dataclass
 class LinearProbe:
     """Logistic regression on frozen image features, its one knob chosen without a look at the test set.
 
-    C is the one with the best balanced accuracy on ``validation`` (the smallest of several) or, where there
-    is none, on a part held out from ``train``: whole groups if the set has groups, else single rows, class by
-    class. The probe is then fitted to all rows of ``train`` (not to those of ``validation``) and scores
-    ``test`` once.
+    C is the one with the best balanced accuracy on ``validation`` (the smallest of several). Without validation it is
+    chosen on rows held out from train: whole groups if the set has groups, else single rows, class by class. Where
+    each class has at least 10 rows for it, that is ``validation_fraction`` of them; with fewer, and where ``folds`` is
+    given, all are held out in turn (cross-validation) and the predictions on them scored together. The probe is then
+    fitted to all rows of the training part (not to those of ``validation``) and scores ``test`` once.
+
+    Parts of train are drawn image by image, class by class, one draw a seed; those of a seed lie within each other.
+    Seeds also decide what is held out. Numbers are means over seeds.
+
+    Args:
+        train: what is learnt from.
+        test: what is scored.
+        validation: what C is chosen on, for every part.
+        c_values: inverse strengths of the penalty, as in scikit-learn; of a single one nothing is chosen.
+        fractions: of train, 1 for all of it.
+        shots: images a class, in addition to the fractions; give ``fractions=[]`` for these alone.
+        seeds: one probe of each part a seed.
+        class_weight: ``balanced`` lets all classes count the same, however many images they have.
+        validation_fraction: of train's rows, to hold out.
+        folds: of cross-validation, instead.
+        projected: features of the joint space; False for those of the image tower before its projection, which are
+            brought to unit length, as CLIP_benchmark does by default.
 
     Raises:
-        UserError: the sets do not name the same classes, train and test share a group, a value is out of
-            range, or train is too small to hold out a part of it.
+        UserError: the sets do not name the same classes, train shares a group with another set, validation is a test
+            set, a class has fewer images than shots, a value is out of range, or a part of train is too small to hold
+            out any of it.
     """
 
     train: LabelledSet
     test: LabelledSet
     validation: LabelledSet | None = None
     c_values: Sequence[float] = C_VALUES
+    fractions: Sequence[float] = (1.0,)
+    shots: Sequence[int] = ()
+    seeds: Sequence[int] = (0,)
+    class_weight: Literal["balanced"] | None = None
     validation_fraction: float = 0.2
-    seed: int = 0
+    folds: int | None = None
+    projected: bool = True
     batch_size: int = 64
     workers: int = 0
 
     def __post_init__(self) -> None:
-        self.c_values = tuple(sorted(self.c_values))
-        if not self.c_values or self.c_values[0] <= 0:
-            raise UserError(f"c_values={list(self.c_values)}: give at least one, all above 0")
-        for name, other in (("test", self.test), ("validation", self.validation)):
-            if other is not None:
-                self._check_fits_train(name, other)
-        if self.validation is None:
-            self._check_hold_out()
+        self.c_values = tuple(sorted(set(self.c_values)))
+        self._check_values()
+        check_goes_with_train(self.train, self.test, "test")
+        if self.validation is not None:
+            check_goes_with_train(self.train, self.validation, "validation")
+            if self.validation.split == "test":
+                raise UserError(
+                    "validation is a test set, on which nothing is chosen; say split: val in it, if it is one"
+                )
+        self._parts = [TrainPart(fraction) for fraction in sorted(set(self.fractions), reverse=True)]
+        self._parts += [TrainPart(shots=shots) for shots in sorted(set(self.shots))]
+        self._fits = [self._plan(part) for part in self._parts]
 
-    def run(self, model: EncodesImagesAndText) -> Iterator[tuple[str, float]]:  # all ranks
-        """accuracy, balanced_accuracy and weighted_f1 on the test set, and the c that was chosen.
+    @property
+    def split(self) -> Split:
+        return self.test.split
 
-        Where the features to train on are not finite no row is predicted right, and there is no c.
+    def run(self, encoder: SetEncoder) -> Outcome:  # all ranks
+        """Every metric of a classifier for all of train, and as ``balanced_accuracy@10%`` or ``@16-shot`` for parts.
+
+        ``c`` is the one chosen for all of train, the middle one of several seeds'. Where a feature of train is not
+        finite no row is predicted right, and there is no c.
         """
-        train_features, train_labels = self._encode(model, self.train)  # (N, D), (N,)
-        validation = None if self.validation is None else self._encode(model, self.validation)
-        test_features, test_labels = self._encode(model, self.test)
-        if not train_features.isfinite().all():
-            yield from classification_scores(torch.full_like(test_labels, NO_CLASS), test_labels).items()
-            return
-        c = self._choose_c(train_features, train_labels, validation)
-        (probe,) = self._fit(train_features, train_labels, [c])
-        yield from classification_scores(predict(probe.logits(test_features)), test_labels).items()
-        yield "c", probe.c
+        train = self._encode(encoder, self.train)  # (N, D)
+        validation = None if self.validation is None else self._encode(encoder, self.validation)
+        test = self._encode(encoder, self.test)
+        scores, replicates, parts = {}, {}, {}
+        for part, fits in zip(self._parts, self._fits, strict=True):
+            outcome = self._score_part(fits, train, validation, test)
+            ending = "" if part.is_whole else f"@{part.name}"
+            scores |= {f"{metric}{ending}": value for metric, value in outcome.scores.items()}
+            replicates |= {f"{metric}{ending}": values for metric, values in outcome.replicates.items()}
+            parts[part.name] = outcome.details
+            if part.is_whole and outcome.details["c"]:
+                scores["c"] = sorted(outcome.details["c"])[(len(outcome.details["c"]) - 1) // 2]
+        first = parts.pop(self._parts[0].name)
+        return Outcome(scores, replicates, {**first, "parts": parts}, outcome.items)
 
     def describe(self) -> dict[str, Any]:
-        """The sets and how C is chosen; JSON types only."""
-        chosen_on = {"fraction_of_train": self.validation_fraction, "seed": self.seed}
+        """The sets and every choice; JSON types only."""
+        held_out = {"validation_fraction": self.validation_fraction, "folds": self.folds}
         return {
+            "protocol": "linear_probe/1",
             "train": self.train.describe(),
             "test": self.test.describe(),
             "class_names": list(self.train.class_names),
             "c_values": list(self.c_values),
-            "c_chosen_on": chosen_on if self.validation is None else self.validation.describe(),
+            "c_chosen_on": held_out if self.validation is None else self.validation.describe(),
+            "fractions": list(self.fractions),
+            "shots": list(self.shots),
+            "seeds": list(self.seeds),
+            "class_weight": self.class_weight,
+            "projected": self.projected,
+            "features": "unit length",
         }
 
-    def _encode(self, model: EncodesImagesAndText, dataset: LabelledSet) -> tuple[Tensor, Tensor]:
-        return encode_labelled(model, dataset, batch_size=self.batch_size, workers=self.workers)
+    def _encode(self, encoder: SetEncoder, dataset: LabelledSet) -> Tensor:
+        features = encoder.images(dataset, batch_size=self.batch_size, workers=self.workers, projected=self.projected)
+        return features if self.projected else F.normalize(features, dim=-1)
 
-    def _choose_c(self, features: Tensor, labels: Tensor, validation: tuple[Tensor, Tensor] | None) -> float:
-        if validation is None:
-            held_out = self._held_out()  # (N,)
-            validation = features[held_out], labels[held_out]
-            features, labels = features[~held_out], labels[~held_out]
-        probes = self._fit(features, labels, self.c_values)
-        # index finds the first of equals, and c_values ascend: the strongest penalty that is as good.
-        scores = [balanced_accuracy(predict(probe.logits(validation[0])), validation[1]) for probe in probes]
-        return probes[scores.index(max(scores))].c
+    def _score_part(self, fits: Sequence[_Fit], train: Tensor, validation: Tensor | None, test: Tensor) -> Outcome:
+        if not train.isfinite().all():
+            nothing = torch.full((len(test), len(self.train.class_names)), torch.nan)
+            return classification_outcome(nothing, self.test, details={"c": []})
+        probes = [probe for fit in fits for probe in self._fit(fit, train, validation)]
+        outcomes = []
+        for probe in probes:
+            logits = probe.logits(test)
+            outcomes.append(classification_outcome(logits, self.test, probabilities=logits.softmax(dim=-1)))
+        outcome = outcomes[0] if len(outcomes) == 1 else mean_outcome(outcomes)
+        found = {
+            "c": [probe.c for probe in probes],
+            "images_to_learn_from": len(fits[0].rows),
+            "held_out_in_turn": len(fits[0].held_out[0]) if fits[0].held_out else 0,
+        }
+        return replace(outcome, details={**outcome.details, **found})
 
-    def _fit(self, features: Tensor, labels: Tensor, c_values: Sequence[float]) -> list[Probe]:
-        return fit_probes(features, labels, num_classes=len(self.train.class_names), c_values=c_values)
+    def _fit(self, fit: _Fit, train: Tensor, validation: Tensor | None) -> list[Probe]:
+        """A probe for each choice of held-out rows; all are fitted in one call, and so is the one to all rows."""
+        features, labels = train[fit.rows], self.train.labels[fit.rows]
+        everything = torch.ones(1, len(labels), dtype=torch.bool)
+        is_in = torch.cat([*(~masks for masks in fit.held_out), everything])  # (S, n)
+        row_weights = balanced_weights(labels, is_in) if self.class_weight == "balanced" else is_in
+        *of_folds, of_all = fit_probes_on_subsets(
+            features, labels, row_weights, num_classes=len(self.train.class_names), c_values=self.c_values
+        )
+        if len(self.c_values) == 1:
+            return of_all
+        if validation is not None:
+            scores = [balanced_accuracy(predict(probe.logits(validation)), self.validation.labels) for probe in of_all]
+            return [_best(of_all, scores)]
+        chosen = []
+        for masks in fit.held_out:
+            of_these, of_folds = of_folds[: len(masks)], of_folds[len(masks) :]
+            chosen.append(_best(of_all, _held_out_scores(of_these, masks, features, labels)))
+        return chosen
 
-    def _held_out(self) -> Tensor:
-        train = self.train
-        return hold_out(train.labels, train.groups, fraction=self.validation_fraction, seed=self.seed)
+    def _plan(self, part: TrainPart) -> list[_Fit]:
+        """One fit a seed; seeds that draw the same rows share one, and are one where they hold out nothing."""
+        if part.shots is not None:
+            self._check_shots(part.shots)
+        if not part.is_whole:
+            return [self._plan_fit(part, part.rows(self.train.labels, seed), [seed]) for seed in self.seeds]
+        return [self._plan_fit(part, torch.arange(len(self.train)), self.seeds)]
 
-    def _check_fits_train(self, name: str, other: LabelledSet) -> None:
-        if list(other.class_names) != list(self.train.class_names):
+    def _plan_fit(self, part: TrainPart, rows: Tensor, seeds: Sequence[int]) -> _Fit:
+        if self.validation is not None or len(self.c_values) == 1:
+            return _Fit(rows, [])
+        labels = self.train.labels[rows]
+        groups = None if self.train.groups is None else [self.train.groups[row] for row in rows.tolist()]
+        fewest = labels.unique(return_counts=True)[1].min().item()
+        folds = self.folds or (FOLDS if self.validation_fraction * fewest < FEWEST_HELD_OUT else None)
+        held_out = []
+        for seed in seeds:
+            if folds is None:
+                masks = hold_out(labels, groups, fraction=self.validation_fraction, seed=seed)[None]
+            else:
+                masks = hold_out_folds(labels, groups, folds=folds, seed=seed)
+            self._check_held_out(part, labels, masks)
+            held_out.append(masks)
+        return _Fit(rows, held_out)
+
+    def _check_values(self) -> None:
+        if not self.c_values or self.c_values[0] <= 0:
+            raise UserError(f"c_values={list(self.c_values)}: give at least one, all above 0")
+        if not self.fractions and not self.shots:
             raise UserError(
-                f"train has the classes {list(self.train.class_names)}, {name} {list(other.class_names)}; "
-                "a probe needs the same classes in the same order"
+                "fractions and shots are both empty; give at least one part of train, such as fractions=[1]"
             )
-        shared = sorted(set(self.train.groups or ()) & set(other.groups or ()))
-        if shared:
+        if any(not 0 < fraction <= 1 for fraction in self.fractions):
             raise UserError(
-                f"{len(shared)} groups are in both train and {name} (first: {shared[0]}), which a probe can "
-                "know by heart; split by group, or give no groups where the official split tears them apart"
+                f"fractions={list(self.fractions)} must each be above 0 and at most 1, which is all of train"
             )
-
-    def _check_hold_out(self) -> None:
+        if any(shots < 1 for shots in self.shots):
+            raise UserError(f"shots={list(self.shots)} are images a class; give 1 or more")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise UserError(f"seeds={list(self.seeds)}: give at least one, each once, none below 0")
+        if self.class_weight not in (None, "balanced"):
+            raise UserError(f"class_weight={self.class_weight!r} must be 'balanced' or nothing")
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction={self.validation_fraction} must lie between 0 and 1")
-        held_out = self._held_out()
-        if not held_out.any() or len(self.train.labels[~held_out].unique()) < 2:
+        if self.folds is not None and self.folds < 2:
+            raise UserError(f"folds={self.folds}: give 2 or more, or none to hold out a fraction")
+
+    def _check_shots(self, shots: int) -> None:
+        labels, counts = self.train.labels.unique(return_counts=True)
+        if counts.min() < shots:
+            rarest = self.train.class_names[labels[counts.argmin()]]
             raise UserError(
-                f"train ({len(self.train)} images) has too few images or groups a class to hold out "
-                f"{self.validation_fraction:.0%} for the choice of C; give a validation set, or more groups"
+                f"shots={list(self.shots)}, but train has {counts.min()} images of {rarest!r}; ask for fewer shots, or "
+                "give more images"
             )
+
+    def _check_held_out(self, part: TrainPart, labels: Tensor, masks: Tensor) -> None:
+        if masks.any() and all(len(labels[~mask].unique()) > 1 for mask in masks):
+            return
+        raise UserError(
+            f"{part.name} of train ({len(labels)} images) has too few images or groups a class to hold out any for the "
+            "choice of C; give a validation set, more images or groups, or a single one of c_values"
+        )
+
+
+def _best(probes: Sequence[Probe], scores: Sequence[float]) -> Probe:
+    # index finds the first of equals, and c_values ascend: the strongest penalty that is as good.
+    return probes[scores.index(max(scores))]
+
+
+def _held_out_scores(probes: Sequence[Sequence[Probe]], masks: Tensor, features: Tensor, labels: Tensor) -> list[float]:
+    """For each C, balanced accuracy on all rows that a mask (F, n) holds out, predicted by the probe of that mask."""
+    scores = []
+    for of_c in zip(*probes, strict=True):
+        predicted = [predict(probe.logits(features[mask])) for probe, mask in zip(of_c, masks, strict=True)]
+        scores.append(balanced_accuracy(torch.cat(predicted), torch.cat([labels[mask] for mask in masks])))
+    return scores

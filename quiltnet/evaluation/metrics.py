@@ -1,4 +1,4 @@
-"""What the numbers mean: pure functions of labels, logits and features.
+"""What the numbers mean: pure functions of labels and logits.
 
 One rule holds for all of them: a tie and a NaN count against the model. Otherwise a collapsed model, whose
 features are all the same, or a diverged one, whose features are NaN, would score.
@@ -8,7 +8,6 @@ features are all the same, or a diverged one, whose features are NaN, would scor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +29,7 @@ def predict(logits: Tensor) -> Tensor:
     """The class with the largest of each row's logits (N, C): (N,) int64.
 
     ``NO_CLASS`` where two classes share the largest logit or one of the logits is NaN: such a row is wrong
-    whatever its label is, as it is in ``recall_at_k``.
+    whatever its label is.
     """
     is_best = logits == logits.amax(dim=-1, keepdim=True)  # (N, C); amax hands a NaN on, and nothing equals NaN
     return torch.where(is_best.sum(dim=-1) == 1, is_best.long().argmax(dim=-1), NO_CLASS)
@@ -204,58 +203,3 @@ class RankedScores:
         beaten = between.cumsum(dim=0)  # (E, R): negatives before each end
         won = (own * (beaten[self._below] + beaten[self._not_above])).sum(dim=0) / 2
         return won / pairs
-
-
-def negatives_ahead(similarity: Tensor, positives: Tensor) -> Tensor:
-    """Wrong candidates at least as similar as a query's best right one, ties and NaN counted as ahead.
-
-    Args:
-        similarity: (Q, C).
-        positives: (Q, C) bool, the right candidates of each query.
-
-    Returns:
-        (Q,) int64: 0 where a right candidate leads alone, C where the query has no right candidate or a NaN
-        for one.
-    """
-    best = similarity.masked_fill(~positives, -torch.inf).amax(dim=-1, keepdim=True)  # (Q, 1)
-    ahead = (~(similarity < best) & ~positives).sum(dim=-1)  # (Q,)
-    return ahead.masked_fill(best.squeeze(-1).isnan(), similarity.shape[-1])
-
-
-def recall_at_k(similarity: Tensor, positives: Tensor, k: int) -> float:
-    """Share of queries with a positive in their top k; ties and NaN count against.
-
-    similarity: (Q, C); positives: (Q, C) bool.
-    """
-    return (negatives_ahead(similarity, positives) < k).double().mean().item()
-
-
-def retrieval_recalls(
-    query_features: Tensor,
-    candidate_features: Tensor,
-    positives: Tensor,
-    ks: Sequence[int],
-    chunk_size: int = 1024,
-) -> dict[int, float]:
-    """``recall_at_k`` for each k, without the (Q, C) matrix: memory grows with chunk_size * C.
-
-    Args:
-        query_features: (Q, D), unit length.
-        candidate_features: (C, D), unit length.
-        positives: (P, 2) int64, pairs of a query's and a right candidate's index.
-        ks: a k larger than C is left out.
-        chunk_size: queries at a time; 1024 against 13,559 candidates take about 0.25 GiB.
-
-    Returns:
-        k -> recall.
-    """
-    num_queries, num_candidates = len(query_features), len(candidate_features)
-    ahead = []
-    for start in range(0, num_queries, chunk_size):
-        chunk = query_features[start : start + chunk_size]
-        of_chunk = positives[(positives[:, 0] >= start) & (positives[:, 0] < start + chunk_size)]
-        is_positive = torch.zeros(len(chunk), num_candidates, dtype=torch.bool)
-        is_positive[of_chunk[:, 0] - start, of_chunk[:, 1]] = True
-        ahead.append(negatives_ahead(cosine_similarity(chunk, candidate_features), is_positive))
-    rank = torch.cat(ahead)  # (Q,)
-    return {k: (rank < k).double().mean().item() for k in ks if k <= num_candidates}

@@ -209,11 +209,15 @@ class _Objective:
         return _Point(parameters, value, gradient, residual)
 
     def inverse_diagonal(self, point: _Point, penalty: Tensor) -> Tensor:
-        """(S, C, R + 1): the inverse Hessian, as if it were diagonal, and the rows' p (1 - p) independent of them."""
+        """(S, 1, R + 1): the inverse Hessian, as if it were diagonal and the rows' p (1 - p) the same for all classes.
+
+        The mean over classes: with one for each class, steps get fewer (by 15 % at most) but the estimated gap too low,
+        200 instead of 20 times where classes are rare.
+        """
         size = point.residual.abs()  # row weight times p or 1 - p, so that size (1 - size / row weight) is p (1 - p)
-        spread = (size - size.square() / self.row_weights.clamp(min=1e-300)).sum(dim=-1, keepdim=True)  # (S, C, 1)
+        spread = size - size.square() / self.row_weights.clamp(min=1e-300)  # (S, C, N)
         variance = torch.cat([self.basis.variance, self.basis.variance.new_ones(1)])
-        diagonal = spread * variance
+        diagonal = spread.sum(dim=(1, 2))[:, None, None] / spread.shape[1] * variance
         diagonal[..., :-1] += penalty[:, None, None]
         return 1 / diagonal.clamp(min=1e-12)
 

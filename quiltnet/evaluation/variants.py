@@ -19,8 +19,8 @@ def check_is_measured(metric: str, outcome: Outcome) -> None:
 def gather_variants(original: Outcome, variants: Mapping[str, Outcome], metric: str) -> Outcome:
     """The metric of the original under its own name, of each variant as ``metric@variant``.
 
-    All are of the same items, so their replicates are of the same resamples. What is undefined is left out, and is
-    listed in the details.
+    All are of the same items, so their replicates are of the same resamples. The details are the original's, but for
+    what is undefined.
     """
     found = {metric: original, **{f"{metric}@{name}": outcome for name, outcome in variants.items()}}
     return Outcome(
@@ -29,11 +29,12 @@ def gather_variants(original: Outcome, variants: Mapping[str, Outcome], metric: 
             name: outcome.replicates[metric] for name, outcome in found.items() if metric in outcome.replicates
         },
         details={
+            **original.details,
             "undefined": {
                 name: outcome.details["undefined"][metric]
                 for name, outcome in found.items()
                 if metric not in outcome.scores
-            }
+            },
         },
         items=original.items,
     )

@@ -99,7 +99,8 @@ def test_links_are_followed_but_not_round_in_circles(folders, tmp_path):
     save_tile(tmp_path / "elsewhere" / "e.png")
     (folders / "ADI" / "more").symlink_to(tmp_path / "elsewhere")
     (folders / "ADI" / "round").symlink_to(folders / "ADI")
-    assert folder_per_class(folders, NAMES, drop=["BACK"]).names[:2] == ["ADI/more/e.png", "ADI/p1_c.jpg"]
+    names = folder_per_class(folders, NAMES, drop=["BACK"]).names
+    assert names == ["ADI/more/e.png", "ADI/p1_c.jpg", "TUM/deep/p2_b.TIF", "TUM/p1_a.png"]
 
 
 def test_folder_errors(folders, tmp_path):
@@ -330,6 +331,7 @@ def test_in_memory():
     assert (label, len(dataset), dataset.class_names) == (1, 2, ["a", "b"])
     assert dataset.describe()["source"] == "synthetic"
     assert in_memory((tiles, [1, 0], ["a", "b"]), split="train").split == "train"
+    assert in_memory((tiles, [1, 0], ["a", "b"]), source="drawn anew").sha256() != dataset.sha256()
 
 
 def test_loader_processes_get_the_same_set(folders):

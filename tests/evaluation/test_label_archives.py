@@ -14,6 +14,7 @@ from quiltnet.errors import UserError
 from quiltnet.evaluation.features import SetEncoder
 from quiltnet.evaluation.label_archives import huggingface_labels, npz_labels, webdataset_labels
 from quiltnet.evaluation.labelled_set import LabelledSet
+from quiltnet.evaluation.stored_images import read_members
 from tests.evaluation.tiles import encoded_tile, save_tile
 from tests.evaluation.toy import ToyModel, noise_tile
 
@@ -205,6 +206,8 @@ def test_webdataset_door_of_samples(tmp_path, members, message):
 def test_webdataset_door_of_shards(shards, tmp_path):
     with pytest.raises(UserError, match=r"3 of 5 shards do not exist \(first: .*t-3\.tar\)"):
         webdataset_labels(shards / "t-{1..5}.tar", NAMES)
+    with pytest.raises(UserError, match="brace that is not closed"):
+        webdataset_labels(shards / "t-{1..5.tar", NAMES)
     with pytest.raises(UserError, match="download the shards"):
         webdataset_labels("https://host/t-1.tar", NAMES)
     (tmp_path / "none").mkdir()
@@ -220,12 +223,18 @@ def test_webdataset_door_of_shards(shards, tmp_path):
 
 def test_a_tar_that_breaks_off_anywhere_is_an_error(shards, tmp_path):
     whole = (shards / "t-2.tar").read_bytes()
-    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
-    for size in [*range(512, end, 512), *range(700, end, 1234)]:
-        cut = tmp_path / "cut.tar"
+    last = list(read_members(shards / "t-2.tar"))[-1]
+    end = last.offset + 512  # of the last member, which is short; blocks of zeros follow
+    cut = tmp_path / "cut.tar"
+    for size in [*range(0, end + 1, 512), *range(700, end, 1234), end + 511]:
         cut.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"cut\.tar"):
-            webdataset_labels(cut, NAMES)
+        with pytest.raises(UserError, match=r"cut\.tar.*get it anew"):
+            list(read_members(cut))
+    cut.write_bytes(whole[:512] + b"?" * 512 + whole[1024:])  # pixels are not looked at
+    assert len(list(read_members(cut))) == 6
+    cut.write_bytes(whole[:1024] + b"?" * 512 + whole[1536:])
+    with pytest.raises(UserError, match="breaks off at byte 1024"):
+        list(read_members(cut))
 
 
 # Hugging Face

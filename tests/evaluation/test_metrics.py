@@ -24,11 +24,8 @@ from quiltnet.evaluation.metrics import (
     cosine_similarity,
     count_classes,
     macro_f1,
-    negatives_ahead,
     predict,
     quadratic_kappa,
-    recall_at_k,
-    retrieval_recalls,
     weighted_f1,
 )
 
@@ -192,37 +189,6 @@ def test_auroc_of_one_kind_of_image_is_not_a_number(is_positive):
     assert ranked.auroc().isnan() and ranked.auroc(torch.ones(4, 3)).isnan().all()
 
 
-SIMILARITY = torch.tensor([[0.9, 0.1, 0.5, 0.2], [0.9, 0.8, 0.1, 0.2], [0.1, 0.2, 0.3, 0.4]])
-POSITIVES = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 1], [1, 1, 0, 0]], dtype=torch.bool)
-
-
-def test_recall_one_can_check_by_eye():
-    # Best positives: 0.9 leads; 0.2 is behind 0.9 and 0.8; 0.2 is behind 0.4 and 0.3.
-    assert negatives_ahead(SIMILARITY, POSITIVES).tolist() == [0, 2, 2]
-    assert [recall_at_k(SIMILARITY, POSITIVES, k) for k in (1, 2, 3)] == pytest.approx([1 / 3, 1 / 3, 1.0])
-
-
-def test_ties_count_against():
-    tied = torch.tensor([[0.5, 0.5, 0.1]])
-    assert recall_at_k(tied, torch.tensor([[True, False, False]]), 1) == 0
-    assert recall_at_k(tied, torch.tensor([[True, False, False]]), 2) == 1
-    assert recall_at_k(tied, torch.tensor([[True, True, False]]), 1) == 1  # tied with another right one
-
-
-def test_nan_never_scores():
-    similarity = torch.full((2, 3), torch.nan)
-    positives = torch.tensor([[True, False, False], [True, True, False]])
-    assert [recall_at_k(similarity, positives, k) for k in (1, 2, 3)] == [0, 0, 0]
-    nan_beside = torch.tensor([[0.5, torch.nan, 0.1]])
-    assert recall_at_k(nan_beside, torch.tensor([[True, False, False]]), 1) == 0
-    nan_and_good = torch.tensor([[0.9, torch.nan, 0.1]])
-    assert recall_at_k(nan_and_good, torch.tensor([[True, True, False]]), 3) == 0
-
-
-def test_a_query_without_a_positive_is_a_miss():
-    assert recall_at_k(torch.tensor([[0.5, 0.1]]), torch.zeros(1, 2, dtype=torch.bool), 2) == 0
-
-
 @pytest.mark.parametrize("width", [3, 64, 384, 513])
 def test_equal_features_tie_whatever_the_shape(width):
     # A float32 product gives equal columns unequal values: BLAS sums the last few in another order.
@@ -230,23 +196,3 @@ def test_equal_features_tie_whatever_the_shape(width):
         feature = unit_features(1, width, seed=candidates)
         similarity = cosine_similarity(feature.expand(3, -1), feature.expand(candidates, -1).contiguous())
         assert len(similarity.unique()) == 1
-
-
-@pytest.mark.parametrize("chunk_size", [1, 7, 64])
-def test_retrieval_recalls_by_brute_force(chunk_size):
-    queries, candidates = unit_features(31, 6, seed=0), unit_features(23, 6, seed=1)
-    rng = np.random.default_rng(0)
-    positives = {(int(rng.integers(31)), int(rng.integers(23))) for _ in range(60)} | {(q, q % 23) for q in range(31)}
-    ks = (1, 3, 10, 23, 24)
-
-    hits = dict.fromkeys(ks, 0)
-    for query in range(31):
-        order = np.argsort(-(candidates.numpy() @ queries[query].numpy()))
-        first_hit = min(rank for rank, candidate in enumerate(order) if (query, int(candidate)) in positives)
-        # The rank among wrong candidates only: right ones do not stand in each other's way.
-        wrong_before = sum((query, int(candidate)) not in positives for candidate in order[:first_hit])
-        for k in ks:
-            hits[k] += wrong_before < k
-    expected = {k: pytest.approx(hits[k] / 31) for k in ks if k <= 23}
-    shuffled = torch.tensor(sorted(positives))[torch.randperm(len(positives), generator=torch.Generator())]
-    assert retrieval_recalls(queries, candidates, shuffled, ks, chunk_size) == expected

@@ -204,6 +204,18 @@ def test_intervals():
     assert paired_difference(outcome, collapsed, "image_to_text_mean_average_precision").is_clear
 
 
+def test_repeated_rows_are_drawn_together():
+    pairs = DrawnPairs([(noise_tile(seed), [f"finding {seed}"], f"image-{seed}") for seed in range(30)])
+    once, often = (
+        Retrieval(DrawnPairs(pairs.samples * times), ks=[1], gallery="rows").run(SetEncoder(ToyModel()))
+        for times in (1, 10)
+    )
+    for direction in ("image_to_text", "text_to_image"):
+        # Ten times the rows are no more independent images: drawn one by one, they would seem sqrt(10) times as sure.
+        deviations = [found.replicates[f"{direction}_median_rank"].std().item() for found in (once, often)]
+        assert deviations[1] / 10 == pytest.approx(deviations[0], rel=0.1)
+
+
 def test_the_same_for_every_batch_size():
     pairs = many_to_many_pairs(30)
     assert scores_of(pairs, batch_size=1) == pytest.approx(scores_of(pairs, batch_size=64))

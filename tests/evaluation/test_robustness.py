@@ -84,6 +84,7 @@ def test_replicates_of_drops_are_paired():
     clean = nearest().run(encoder)
     assert torch.equal(outcome.replicates["balanced_accuracy"], clean.replicates["balanced_accuracy"])
     assert outcome.items == clean.items
+    assert outcome.details == clean.details
     for name in ("half", "blur"):
         paired = clean.replicates["balanced_accuracy"] - outcome.replicates[f"balanced_accuracy@{name}"]
         assert torch.equal(outcome.replicates[f"drop@{name}"], paired)
