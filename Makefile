@@ -22,7 +22,7 @@ $(DEMO_SHARDS)/manifest.json: $(wildcard quiltnet/data/synthetic*.py) | $(VENV)/
 lc25000: $(VENV)/demo-installed ## LC25000: fine-tune, and compare with the start in docs/lc25000; QUILTNET_DATA names the data
 	$(BIN)/quiltnet shard --format quilt1m --table $(QUILTNET_DATA)/quilt_1M_lookup.csv --images $(QUILTNET_DATA)/images \
 		--subset lc25000 --out shards/lc25000 --overwrite
-	$(BIN)/python train.py experiment=lc25000 run_name=lc25000_start optim.lr=0 epochs=0.01 "evaluator=[]" overwrite=true
+	$(BIN)/python train.py experiment=lc25000 run_name=lc25000_start optim.lr=1e-30 epochs=0.01 "evaluator=[]" overwrite=true
 	$(BIN)/torchrun --nproc-per-node 2 train.py experiment=lc25000 run_name=lc25000 overwrite=true
 	$(BIN)/python eval.py "checkpoint={start: outputs/lc25000_start, fine-tuned: outputs/lc25000}" \
 		"evaluator=[zeroshot_lc25000,zeroshot_lc25000_ensemble,linear_probe_lc25000,knn_lc25000,few_shot_lc25000,truncation_lc25000,robustness_lc25000,image_retrieval_lc25000,retrieval_val]" \

@@ -60,9 +60,9 @@ def test_a_run_leaves_what_it_promises(drawn_shards, work, capsys):
     assert "run directory: outputs/first" in out and "zeroshot_synthetic/balanced_accuracy" in out
     assert quiltnet.load(folder).encode_text(["a"]).shape == (1, 32)
 
-    eval_main(["checkpoint=outputs/first", "evaluator=[val_pairs]", "output=numbers.json", shards[1]], conf=CONF)
-    numbers = json.loads((work / "numbers.json").read_text())["checkpoints"]["outputs/first"]
-    assert numbers["val_pairs/loss"] == pytest.approx(results["last"]["val_pairs/loss"], abs=1e-6)
+    eval_main(["checkpoint=outputs/first", "evaluator=[val_pairs]", "output=numbers", shards[1]], conf=CONF)
+    scores = json.loads((work / "numbers/results.json").read_text())["outcomes"]["outputs/first"]["val_pairs"]["scores"]
+    assert scores["loss"] == pytest.approx(results["last"]["val_pairs/loss"], abs=1e-6)
 
 
 def test_all_that_a_step_can_do_at_once(drawn_shards, work, capsys):
@@ -181,6 +181,15 @@ MISTAKES = {
     "gradient norm": (["max_grad_norm=0", "{train}"], "max_grad_norm=0 must be a number above 0, or null"),
     "crop": (["data.train.crop_scale=0.9", "{train}"], "[least,most]"),
     "name is a path": (["run_name=../elsewhere", "{train}"], "is a folder's name"),
+    "monitored test set": (
+        [
+            "evaluator=[zeroshot_synthetic]",
+            "evaluator.zeroshot_synthetic.dataset.split=test",
+            "monitor=zeroshot_synthetic/accuracy",
+            "{train}",
+        ],
+        "would choose by a test set",
+    ),
     "evaluator's batch": (
         ["evaluator=[zeroshot_synthetic]", "evaluator.zeroshot_synthetic.batch_size=0", "{train}"],
         "batch_size=0",
@@ -250,7 +259,7 @@ def test_a_run_needs_a_name(work, capsys):
         (["checkpoint=nowhere", "evaluator=[zeroshot_synthetic]"], "nowhere is no model"),
         (
             ["checkpoint=x", "evaluator=[zeroshot_crc]"],
-            "there is no evaluator=zeroshot_crc; the nearest: zeroshot_all",
+            "there is no evaluator=zeroshot_crc; the nearest: zeroshot_",
         ),
         (["checkpoint=x", "evaluator=[zeroshot_lc25000]", "data_root=/no"], "/no/lc25000_labels.csv"),
     ],

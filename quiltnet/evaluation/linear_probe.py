@@ -41,11 +41,15 @@ class _Fit(NamedTuple):
 class LinearProbe:
     """Logistic regression on frozen image features, its one knob chosen without a look at the test set.
 
-    C is the one with the best balanced accuracy on ``validation`` (the smallest of several). Without validation it is
+    C is the one with the best balanced accuracy on ``validation``; of several, as on an easy set, the one with the
+    least cross-entropy there, or the probabilities would be those of the strongest penalty. Without validation it is
     chosen on rows held out from train: whole groups if the set has groups, else single rows, class by class. Where
     each class has at least 10 rows for it, that is ``validation_fraction`` of them; with fewer, and where ``folds`` is
     given, all are held out in turn (cross-validation) and the predictions on them scored together. The probe is then
     fitted to all rows of the training part (not to those of ``validation``) and scores ``test`` once.
+
+    Of a part so small that nothing can be held out, such as one image a class, no C is chosen: it is UNI's (Chen et al.
+    2024), the features' width times the number of classes, divided by 100.
 
     Parts of train are drawn image by image, class by class, one draw a seed; those of a seed lie within each other.
     Seeds also decide what is held out. Numbers are means over seeds.
@@ -66,8 +70,7 @@ class LinearProbe:
 
     Raises:
         UserError: the sets do not name the same classes, train shares a group with another set, validation is a test
-            set, a class has fewer images than shots, a value is out of range, or a part of train is too small to hold
-            out any of it.
+            set, a class has fewer images than shots, or a value is out of range.
     """
 
     train: LabelledSet
@@ -105,23 +108,21 @@ class LinearProbe:
     def run(self, encoder: SetEncoder) -> Outcome:  # all ranks
         """Every metric of a classifier for all of train, and as ``balanced_accuracy@10%`` or ``@16-shot`` for parts.
 
-        ``c`` is the one chosen for all of train, the middle one of several seeds'. Where a feature of train is not
-        finite no row is predicted right, and there is no c.
+        The C chosen by each seed is in the details. Where a feature of train is not finite no row is predicted right.
         """
         train = self._encode(encoder, self.train)  # (N, D)
         validation = None if self.validation is None else self._encode(encoder, self.validation)
         test = self._encode(encoder, self.test)
-        scores, replicates, parts = {}, {}, {}
+        scores, replicates, undefined, parts = {}, {}, {}, {}
         for part, fits in zip(self._parts, self._fits, strict=True):
             outcome = self._score_part(fits, train, validation, test)
             ending = "" if part.is_whole else f"@{part.name}"
             scores |= {f"{metric}{ending}": value for metric, value in outcome.scores.items()}
             replicates |= {f"{metric}{ending}": values for metric, values in outcome.replicates.items()}
+            undefined |= {f"{metric}{ending}": why for metric, why in outcome.details["undefined"].items()}
             parts[part.name] = outcome.details
-            if part.is_whole and outcome.details["c"]:
-                scores["c"] = sorted(outcome.details["c"])[(len(outcome.details["c"]) - 1) // 2]
         first = parts.pop(self._parts[0].name)
-        return Outcome(scores, replicates, {**first, "parts": parts}, outcome.items)
+        return Outcome(scores, replicates, {**first, "undefined": undefined, "parts": parts}, outcome.items)
 
     def describe(self) -> dict[str, Any]:
         """The sets and every choice; JSON types only."""
@@ -156,9 +157,11 @@ class LinearProbe:
             outcomes.append(classification_outcome(logits, self.test, probabilities=logits.softmax(dim=-1)))
         outcome = outcomes[0] if len(outcomes) == 1 else mean_outcome(outcomes)
         found = {
+            "bootstrap": outcomes[0].details["bootstrap"],
             "c": [probe.c for probe in probes],
             "images_to_learn_from": len(fits[0].rows),
             "held_out_in_turn": len(fits[0].held_out[0]) if fits[0].held_out else 0,
+            "c_was_chosen": self._is_chosen(fits[0]),
         }
         return replace(outcome, details={**outcome.details, **found})
 
@@ -168,29 +171,36 @@ class LinearProbe:
         everything = torch.ones(1, len(labels), dtype=torch.bool)
         is_in = torch.cat([*(~masks for masks in fit.held_out), everything])  # (S, n)
         row_weights = balanced_weights(labels, is_in) if self.class_weight == "balanced" else is_in
+        num_classes = len(self.train.class_names)
+        c_values = self.c_values
+        if len(c_values) > 1 and not self._is_chosen(fit):
+            c_values = [train.shape[1] * num_classes / 100]
         *of_folds, of_all = fit_probes_on_subsets(
-            features, labels, row_weights, num_classes=len(self.train.class_names), c_values=self.c_values
+            features, labels, row_weights, num_classes=num_classes, c_values=c_values
         )
-        if len(self.c_values) == 1:
+        if len(c_values) == 1:
             return of_all
         if validation is not None:
-            scores = [balanced_accuracy(predict(probe.logits(validation)), self.validation.labels) for probe in of_all]
-            return [_best(of_all, scores)]
+            return [_best(of_all, [probe.logits(validation) for probe in of_all], self.validation.labels)]
         chosen = []
         for masks in fit.held_out:
             of_these, of_folds = of_folds[: len(masks)], of_folds[len(masks) :]
-            chosen.append(_best(of_all, _held_out_scores(of_these, masks, features, labels)))
+            logits = [_held_out_logits(of_c, masks, features) for of_c in zip(*of_these, strict=True)]
+            chosen.append(_best(of_all, logits, torch.cat([labels[mask] for mask in masks])))
         return chosen
+
+    def _is_chosen(self, fit: _Fit) -> bool:
+        return len(self.c_values) > 1 and (self.validation is not None or bool(fit.held_out))
 
     def _plan(self, part: TrainPart) -> list[_Fit]:
         """One fit a seed; seeds that draw the same rows share one, and are one where they hold out nothing."""
         if part.shots is not None:
             self._check_shots(part.shots)
         if not part.is_whole:
-            return [self._plan_fit(part, part.rows(self.train.labels, seed), [seed]) for seed in self.seeds]
-        return [self._plan_fit(part, torch.arange(len(self.train)), self.seeds)]
+            return [self._plan_fit(part.rows(self.train.labels, seed), [seed]) for seed in self.seeds]
+        return [self._plan_fit(torch.arange(len(self.train)), self.seeds)]
 
-    def _plan_fit(self, part: TrainPart, rows: Tensor, seeds: Sequence[int]) -> _Fit:
+    def _plan_fit(self, rows: Tensor, seeds: Sequence[int]) -> _Fit:
         if self.validation is not None or len(self.c_values) == 1:
             return _Fit(rows, [])
         labels = self.train.labels[rows]
@@ -203,7 +213,8 @@ class LinearProbe:
                 masks = hold_out(labels, groups, fraction=self.validation_fraction, seed=seed)[None]
             else:
                 masks = hold_out_folds(labels, groups, folds=folds, seed=seed)
-            self._check_held_out(part, labels, masks)
+            if not masks.any() or any(len(labels[~mask].unique()) < 2 for mask in masks):
+                return _Fit(rows, [])
             held_out.append(masks)
         return _Fit(rows, held_out)
 
@@ -238,24 +249,16 @@ class LinearProbe:
                 "give more images"
             )
 
-    def _check_held_out(self, part: TrainPart, labels: Tensor, masks: Tensor) -> None:
-        if masks.any() and all(len(labels[~mask].unique()) > 1 for mask in masks):
-            return
-        raise UserError(
-            f"{part.name} of train ({len(labels)} images) has too few images or groups a class to hold out any for the "
-            "choice of C; give a validation set, more images or groups, or a single one of c_values"
-        )
 
-
-def _best(probes: Sequence[Probe], scores: Sequence[float]) -> Probe:
-    # index finds the first of equals, and c_values ascend: the strongest penalty that is as good.
+def _best(probes: Sequence[Probe], logits: Sequence[Tensor], labels: Tensor) -> Probe:
+    """By each probe's logits (N, C) on rows that were held out; the first, so the strongest penalty, of equals."""
+    scores = []
+    for of_c in logits:
+        loss = F.cross_entropy(of_c, labels).nan_to_num(nan=torch.inf)
+        scores.append((balanced_accuracy(predict(of_c), labels), -loss.item()))
     return probes[scores.index(max(scores))]
 
 
-def _held_out_scores(probes: Sequence[Sequence[Probe]], masks: Tensor, features: Tensor, labels: Tensor) -> list[float]:
-    """For each C, balanced accuracy on all rows that a mask (F, n) holds out, predicted by the probe of that mask."""
-    scores = []
-    for of_c in zip(*probes, strict=True):
-        predicted = [predict(probe.logits(features[mask])) for probe, mask in zip(of_c, masks, strict=True)]
-        scores.append(balanced_accuracy(torch.cat(predicted), torch.cat([labels[mask] for mask in masks])))
-    return scores
+def _held_out_logits(probes: Sequence[Probe], masks: Tensor, features: Tensor) -> Tensor:
+    """Of all rows that a mask (F, n) holds out, mask after mask, by the probe of that mask: (rows, C)."""
+    return torch.cat([probe.logits(features[mask]) for probe, mask in zip(probes, masks, strict=True)])

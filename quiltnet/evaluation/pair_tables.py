@@ -14,7 +14,7 @@ from PIL import Image
 from quiltnet.errors import UserError
 from quiltnet.evaluation.image_files import existing_images, is_image, relative_names
 from quiltnet.evaluation.label_table import read_columns
-from quiltnet.evaluation.labelled_set import SPLITS, Split
+from quiltnet.evaluation.labelled_set import SPLITS, UNREADABLE, Split, read_rgb
 
 ArchPart = Literal["books", "pubmed"]
 
@@ -46,20 +46,19 @@ class FilePairs:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str], str]:
-        """
+        """RGB image, captions, image id.
+
         Raises:
             UserError: the file is no readable image. A measurement on fewer images is another measurement.
         """
         try:
-            with Image.open(self.images[index]) as opened:
-                if opened.mode[0] in "IF":
-                    raise ValueError(f"its pixels are {opened.mode}, of which nobody knows what is white")
-                return opened.convert("RGB"), self.captions[index], self.image_ids[index]
-        except Exception as error:  # a damaged file makes Pillow's plug-ins raise a dozen types
+            image = read_rgb(self.images[index])
+        except UNREADABLE as error:
             raise UserError(
                 f"cannot read {self.images[index]} ({error}); images to measure on are never left out silently: "
-                "repair it, or take its rows out of the table"
+                "repair it, or take it out of the set"
             ) from error
+        return image, self.captions[index], self.image_ids[index]
 
     def content(self) -> list[str]:
         """Lines that differ where the pairs do: a file's name, size and time, its captions and its id."""

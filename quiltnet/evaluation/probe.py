@@ -34,7 +34,7 @@ from quiltnet.errors import UserError
 log = logging.getLogger(__name__)
 
 # A problem is solved when the objective is estimated to be this share of itself above its optimum. The estimate comes
-# from the gradient and the Hessian that L-BFGS has in mind; measured gaps were up to 40 times larger.
+# from the gradient and the Hessian that L-BFGS has in mind; measured gaps were up to 80 times larger.
 TOLERANCE = 1e-9
 # Above this a user is warned.
 LARGEST_GAP = 1e-6
@@ -199,7 +199,8 @@ class _Objective:
         of_label = logits.gather(1, self.labels)  # (S, 1, N)
         residual = logits.exp_()
         total = residual.sum(dim=1, keepdim=True)
-        loss = ((total.log() - of_label).nan_to_num(posinf=0) * self.row_weights).sum(dim=(1, 2))
+        # A row outside of a subset may be of a class that the subset lacks, whose loss is infinite.
+        loss = torch.where(self.row_weights > 0, (total.log() - of_label) * self.row_weights, 0).sum(dim=(1, 2))
         residual *= self.row_weights / total
         residual.scatter_add_(1, self.labels, -self.row_weights)
         gradient = (residual.flatten(0, 1) @ coordinates).unflatten(0, bias.shape[:2])
@@ -211,8 +212,8 @@ class _Objective:
     def inverse_diagonal(self, point: _Point, penalty: Tensor) -> Tensor:
         """(S, 1, R + 1): the inverse Hessian, as if it were diagonal and the rows' p (1 - p) the same for all classes.
 
-        The mean over classes: with one for each class, steps get fewer (by 15 % at most) but the estimated gap too low,
-        200 instead of 20 times where classes are rare.
+        The mean over classes: one for each class saves some steps (a third at most), but where classes are rare the
+        estimate of the gap that comes of it was 600 times too low, with the mean 80 times.
         """
         size = point.residual.abs()  # row weight times p or 1 - p, so that size (1 - size / row weight) is p (1 - p)
         spread = size - size.square() / self.row_weights.clamp(min=1e-300)  # (S, C, N)

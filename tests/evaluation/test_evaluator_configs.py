@@ -41,7 +41,11 @@ def test_several_stand_side_by_side(tmp_path):
 
 
 def test_all_published_zeroshot_sets_come_together(tmp_path):
-    chosen_by = {"zeroshot_synthetic", "zeroshot_lc25000", "zeroshot_lc25000_ensemble"}  # drawn tiles, and a subset to validate on
+    chosen_by = {
+        "zeroshot_synthetic",
+        "zeroshot_lc25000",
+        "zeroshot_lc25000_ensemble",
+    }  # drawn tiles, and a subset to validate on
     real = {name for name in NAMES if name.startswith("zeroshot")} - chosen_by
     for option in ("evaluator=zeroshot_all", "evaluator=[zeroshot_all]"):
         assert set(compose_evaluators(tmp_path, option)) == real

@@ -175,8 +175,8 @@ def degenerate(kind: str) -> tuple[Tensor, Tensor]:
         "twins that differ in label": (features[:1].repeat(40, 1), labels),
         "constant columns": (torch.cat([features, torch.full((40, 3), 0.1)], dim=1), labels),
         "wide": clusters(20, 2, seed=1, width=300),
-        "large numbers": (1e6 * features, labels),
-        "small numbers": (1e-6 * features, labels),
+        "large numbers": (1e3 * features, labels),
+        "small numbers": (1e-3 * features, labels),
     }[kind]
 
 
