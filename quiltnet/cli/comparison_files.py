@@ -12,6 +12,7 @@ from typing import Any
 from quiltnet.cli.run_directory import check_writable, describe_environment
 from quiltnet.errors import UserError
 from quiltnet.evaluation.comparison import Comparison, lower_is_better
+from quiltnet.evaluation.outcome import json_ready
 from quiltnet.release.charts import bar_chart, confusion_chart, line_chart, save_chart
 
 RESULTS_NAME = "results.json"
@@ -67,7 +68,7 @@ def _outcomes(comparison: Comparison) -> dict[str, Any]:
             for model, found in comparison.outcomes.items()
         },
         "baseline": comparison.baseline,
-        "differences": differences,
+        "differences": json_ready(differences),
     }
 
 

@@ -120,15 +120,6 @@ def weighted_f1(predicted: Tensor, labels: Tensor) -> float:
     return _count_named(predicted, labels).weighted_f1().item()
 
 
-def classification_scores(predicted: Tensor, labels: Tensor) -> dict[str, float]:
-    """What every classifier here reports. predicted, labels: (N,) int64."""
-    return {
-        "accuracy": accuracy(predicted, labels),
-        "balanced_accuracy": balanced_accuracy(predicted, labels),
-        "weighted_f1": weighted_f1(predicted, labels),
-    }
-
-
 def _count_named(predicted: Tensor, labels: Tensor) -> ClassCounts:
     """Counts of as many classes as are named."""
     return count_classes(predicted, labels, int(torch.cat([predicted, labels]).max()) + 1)

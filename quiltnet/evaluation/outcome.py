@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,9 +36,9 @@ class Outcome:
         return {metric: percentile_interval(values) for metric, values in self.replicates.items()}
 
     def as_json(self) -> dict[str, Any]:
-        """Scores, intervals and details; JSON types only."""
+        """Scores, intervals and details; JSON types only, None for what is not finite."""
         intervals = {metric: list(interval) for metric, interval in self.intervals().items()}
-        return {"scores": dict(self.scores), "intervals": intervals, **self.details}
+        return json_ready({"scores": dict(self.scores), "intervals": intervals, **self.details})
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,12 @@ def percentile_interval(values: Tensor) -> tuple[float, float]:
     tail = (1 - LEVEL) / 2
     low, high = torch.nanquantile(values.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
+
+
+def json_ready(value: Any) -> Any:
+    """The same with None in place of every number that is not finite, which JSON cannot say."""
+    if isinstance(value, Mapping):
+        return {key: json_ready(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -115,3 +116,9 @@ def test_json_has_scores_intervals_and_details():
     outcome = Outcome({"f1": 0.5}, {"f1": torch.tensor([0.25, 0.25])}, {"undefined": {"auroc": "why"}}, items="set")
     expected = {"scores": {"f1": 0.5}, "intervals": {"f1": [0.25, 0.25]}, "undefined": {"auroc": "why"}}
     assert json.loads(json.dumps(outcome.as_json())) == expected
+
+
+def test_json_has_no_numbers_that_it_cannot_say():
+    outcome = Outcome({"loss": math.inf}, {"loss": torch.full((3,), math.nan)}, {"table": [{"auroc": math.nan}, 1.5]})
+    found = json.loads(json.dumps(outcome.as_json(), allow_nan=False))
+    assert found == {"scores": {"loss": None}, "intervals": {"loss": [None, None]}, "table": [{"auroc": None}, 1.5]}
