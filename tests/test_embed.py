@@ -148,7 +148,7 @@ def test_a_file_is_replaced_only_when_asked(tmp_path, tiny_folder, pictures):
     [
         ({"out": "features.pt"}, r"let its name end in .safetensors"),
         ({"batch_size": 0}, "--batch-size 0"),
-        ({"data": "nowhere"}, "there is no such shard"),
+        ({"data": "nowhere"}, "nowhere does not exist; give a folder of images"),
         ({"data": "empty"}, "holds no images .* and no shards"),
         ({"data": "nowhere.csv"}, "there is no such table"),
         ({"data": "table.csv", "image_column": "imag"}, "has no column imag; its columns are caption, file"),

@@ -258,7 +258,6 @@ CONFINED = {
     "wandb": {"training.loggers"},
     "typer": {"cli"},
     "webdataset": {"data"},
-    "sklearn": {"evaluation"},
     "h5py": {"evaluation"},
     "matplotlib": {"release"},
 }

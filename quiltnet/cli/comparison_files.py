@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from quiltnet.errors import UserError
 from quiltnet.evaluation.comparison import Comparison, lower_is_better
 from quiltnet.evaluation.outcome import json_ready
 from quiltnet.release.charts import bar_chart, confusion_chart, line_chart, save_chart
+
+log = logging.getLogger(__name__)
 
 RESULTS_NAME = "results.json"
 MOST_CLASSES = 16  # of a confusion matrix that can still be read as a picture
@@ -83,6 +86,9 @@ def _draw_charts(folder: Path, comparison: Comparison, metric: str) -> None:
             lower_is_better=lower_is_better(metric),
         )
         save_chart(bars, folder / metric)
+    else:
+        known = ", ".join(dict.fromkeys(row.metric for row in comparison.rows))
+        log.warning("no bars are drawn: nothing measures chart_metric=%s; there are %s", metric, known)
     for model, found in comparison.outcomes.items():
         for evaluator, outcome in found.items():
             matrix = outcome.details.get("confusion_matrix")

@@ -105,6 +105,10 @@ def find_embed_images(
         return _images_of_table(path, image_column, path.parent if images is None else images.expanduser())
     if image_column is not None or images is not None:
         raise UserError(f"--image-column and --images are for a table ({', '.join(TABLE_ENDINGS)}), not for {data}")
+    if not path.exists() and not any(sign in data for sign in "{:"):  # no brace pattern and no address
+        raise UserError(
+            f"{data} does not exist; give a folder of images, a table ({', '.join(TABLE_ENDINGS)}) or shards"
+        )
     if not path.is_dir() or (path / MANIFEST_NAME).is_file() or tars_in(path):
         return ShardImages(data)
     found = (Path(place, name).relative_to(path).as_posix() for place, names in walk_files(path) for name in names)

