@@ -110,3 +110,12 @@ def test_mistakes_are_said_at_the_door(place, work, capsys, option, models, mess
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (work / "results").exists()
+
+
+def test_all_missing_sets_are_said_at_once(place, work, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(place, "evaluator=[zeroshot_bach,zeroshot_mhist]", "data_root=/no")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "2 evaluators cannot be made" in error
+    assert "ICIAR2018_BACH_Challenge" in error and "MHIST" in error and "Traceback" not in error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -16,9 +17,24 @@ def make_evaluators(cfg: DictConfig, first: str | None = None) -> dict[str, Eval
 
     Args:
         first: the one that runs before the others, so that no time budget leaves it out.
+
+    Raises:
+        UserError: some cannot be made; all that is wrong is said at once, since a set takes a day to download.
     """
-    names = sorted(cfg.evaluator, key=lambda name: name != first)
-    return {name: instantiate(cfg.evaluator[name], _convert_="all") for name in names}
+    evaluators, faults = {}, []
+    for name in sorted(cfg.evaluator, key=lambda name: name != first):
+        try:
+            evaluators[name] = instantiate(cfg.evaluator[name], _convert_="all")
+        except (UserError, InstantiationException) as error:
+            fault = error if isinstance(error, UserError) else error.__cause__  # Hydra wraps what a constructor raises
+            if not isinstance(fault, UserError):
+                raise
+            faults.append(fault)
+    if len(faults) > 1:
+        raise UserError(f"{len(faults)} evaluators cannot be made:\n" + "\n".join(f"- {fault}" for fault in faults))
+    if faults:
+        raise faults[0]
+    return evaluators
 
 
 def check_monitored_split(monitor: str | None, evaluators: Mapping[str, Evaluator]) -> None:
