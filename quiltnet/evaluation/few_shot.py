@@ -18,7 +18,7 @@ from quiltnet.evaluation.features import SetEncoder
 from quiltnet.evaluation.labelled_set import LabelledSet, Split
 from quiltnet.evaluation.metrics import NO_CLASS, predict
 from quiltnet.evaluation.outcome import Outcome, percentile_interval
-from quiltnet.evaluation.train_sets import check_goes_with_train
+from quiltnet.evaluation.train_sets import check_goes_with_train, check_shots
 
 # Numbers at a time: 32 MiB of float64, of which there are a handful.
 CHUNK_ELEMENTS = 2**22
@@ -81,13 +81,7 @@ class FewShot:
         if self.episodes < 1:
             raise UserError(f"episodes={self.episodes}: give 1 or more; THUNDER has 1000")
         check_goes_with_train(self.train, self.test, "test")
-        images = torch.bincount(self.train.labels, minlength=len(self.train.class_names))  # (C,)
-        for label in self._classes():
-            if images[label] < self.shots[-1]:
-                raise UserError(
-                    f"shots={list(self.shots)}, but train has {images[label]} images of "
-                    f"{self.train.class_names[label]!r}; ask for fewer shots, or give more images"
-                )
+        check_shots(self.train, self.shots, self._classes())
 
     @property
     def split(self) -> Split:

@@ -16,7 +16,7 @@ from quiltnet.evaluation.features import SetEncoder
 from quiltnet.evaluation.labelled_set import LabelledSet, Split
 from quiltnet.evaluation.metrics import balanced_accuracy, cosine_similarity, predict
 from quiltnet.evaluation.outcome import Outcome
-from quiltnet.evaluation.train_sets import check_goes_with_train
+from quiltnet.evaluation.train_sets import check_sets
 
 # Queries and labelled images at a time: 2,048 x 8,192 similarities in float64 are 128 MiB.
 QUERIES, CANDIDATES = 2048, 8192
@@ -59,11 +59,7 @@ class KNN:
             )
         if self.k is not None and self.validation is not None:
             raise UserError(f"k={self.k} is given, and a validation set to choose it on; give one of them")
-        if self.validation is not None and self.validation.split == "test":
-            raise UserError("validation is a test set, on which nothing is chosen; say split: val in it, if it is one")
-        check_goes_with_train(self.train, self.test, "test")
-        if self.validation is not None:
-            check_goes_with_train(self.train, self.validation, "validation")
+        check_sets(self.train, self.test, self.validation)
 
     @property
     def split(self) -> Split:

@@ -7,6 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -140,6 +141,10 @@ class LabelledSet:
 
     def sha256(self) -> str:
         """Of the images' names and labels in their order: the same on every machine that has the same set."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:  # every outcome names its items by it
         digest = hashlib.sha256()
         for index, label in enumerate(self.labels.tolist()):
             digest.update(f"{self.name(index)}\t{self.class_names[label]}\n".encode())

@@ -18,7 +18,7 @@ from quiltnet.evaluation.metrics import balanced_accuracy, predict
 from quiltnet.evaluation.outcome import Outcome
 from quiltnet.evaluation.probe import Probe, balanced_weights, fit_probes_on_subsets
 from quiltnet.evaluation.probe_splits import TrainPart, hold_out, hold_out_folds
-from quiltnet.evaluation.train_sets import check_goes_with_train
+from quiltnet.evaluation.train_sets import check_sets, check_shots
 
 # 45 from 1e-6 to 1e5, TITAN's grid: features of unit length need weak penalties, others strong ones.
 C_VALUES = tuple(10 ** (-6 + 11 * place / 44) for place in range(45))
@@ -90,13 +90,9 @@ class LinearProbe:
     def __post_init__(self) -> None:
         self.c_values = tuple(sorted(set(self.c_values)))
         self._check_values()
-        check_goes_with_train(self.train, self.test, "test")
-        if self.validation is not None:
-            check_goes_with_train(self.train, self.validation, "validation")
-            if self.validation.split == "test":
-                raise UserError(
-                    "validation is a test set, on which nothing is chosen; say split: val in it, if it is one"
-                )
+        check_sets(self.train, self.test, self.validation)
+        if self.shots:
+            check_shots(self.train, self.shots, self.train.labels.unique().tolist())
         self._parts = [TrainPart(fraction) for fraction in sorted(set(self.fractions), reverse=True)]
         self._parts += [TrainPart(shots=shots) for shots in sorted(set(self.shots))]
         self._fits = [self._plan(part) for part in self._parts]
@@ -194,8 +190,6 @@ class LinearProbe:
 
     def _plan(self, part: TrainPart) -> list[_Fit]:
         """One fit a seed; seeds that draw the same rows share one, and are one where they hold out nothing."""
-        if part.shots is not None:
-            self._check_shots(part.shots)
         if not part.is_whole:
             return [self._plan_fit(part.rows(self.train.labels, seed), [seed]) for seed in self.seeds]
         return [self._plan_fit(torch.arange(len(self.train)), self.seeds)]
@@ -239,15 +233,6 @@ class LinearProbe:
             raise UserError(f"validation_fraction={self.validation_fraction} must lie between 0 and 1")
         if self.folds is not None and self.folds < 2:
             raise UserError(f"folds={self.folds}: give 2 or more, or none to hold out a fraction")
-
-    def _check_shots(self, shots: int) -> None:
-        labels, counts = self.train.labels.unique(return_counts=True)
-        if counts.min() < shots:
-            rarest = self.train.class_names[labels[counts.argmin()]]
-            raise UserError(
-                f"shots={list(self.shots)}, but train has {counts.min()} images of {rarest!r}; ask for fewer shots, or "
-                "give more images"
-            )
 
 
 def _best(probes: Sequence[Probe], logits: Sequence[Tensor], labels: Tensor) -> Probe:

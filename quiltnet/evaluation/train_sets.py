@@ -2,8 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
 from quiltnet.errors import UserError
 from quiltnet.evaluation.labelled_set import LabelledSet
+
+
+def check_sets(train: LabelledSet, test: LabelledSet, validation: LabelledSet | None) -> None:
+    """Both go with train, and something may be chosen on ``validation``.
+
+    Raises:
+        UserError: they do not, or it is a test set.
+    """
+    check_goes_with_train(train, test, "test")
+    if validation is None:
+        return
+    check_goes_with_train(train, validation, "validation")
+    if validation.split == "test":
+        raise UserError("validation is a test set, on which nothing is chosen; say split: val in it, if it is one")
+
+
+def check_shots(train: LabelledSet, shots: Sequence[int], classes: Sequence[int]) -> None:
+    """Raises UserError where train has fewer images of one of the classes (labels) than the most shots."""
+    images = torch.bincount(train.labels, minlength=len(train.class_names))  # (C,)
+    rarest = min(classes, key=lambda label: images[label])
+    if images[rarest] < max(shots):
+        raise UserError(
+            f"shots={list(shots)}, but train has {images[rarest]} images of {train.class_names[rarest]!r}; ask for "
+            "fewer shots, or give more images"
+        )
 
 
 def check_goes_with_train(train: LabelledSet, other: LabelledSet, name: str) -> None:
