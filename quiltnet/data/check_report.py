@@ -17,6 +17,7 @@ from quiltnet.data.contact_sheet import Band, Panel, draw_contact_sheet
 from quiltnet.data.decoding import BrokenSample, decode_image
 from quiltnet.data.near_duplicates import bits_set
 from quiltnet.errors import UserError
+from quiltnet.whole_files import write_whole
 
 REPORT_VERSION = 1
 REPORT_NAME = "report.json"
@@ -46,10 +47,7 @@ def write_report(check: Check, folder: Path, *, examples: int = 100) -> dict[str
         folder.mkdir(parents=True, exist_ok=True)
         sheet.save(folder / f".{SHEET_NAME}", "PNG")
         os.replace(folder / f".{SHEET_NAME}", folder / SHEET_NAME)
-        # A file's name need not be text: what is not, becomes the escape that JSON has for it.
-        text = json.dumps(report, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
-        (folder / f".{REPORT_NAME}").write_bytes(text)
-        os.replace(folder / f".{REPORT_NAME}", folder / REPORT_NAME)
+        write_whole(folder / REPORT_NAME, json.dumps(report, indent=1, ensure_ascii=False))
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); give a folder with --out") from error
     return report

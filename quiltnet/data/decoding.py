@@ -11,12 +11,10 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from quiltnet.image_opening import MAX_PIXELS, open_image
+
 JPEG_MAGIC = b"\xff\xd8\xff"
 NPY_MAGIC = b"\x93NUMPY"
-
-# Pillow's own default bound (a quarter of a GiB as RGB), checked on the header: 20,000 x 20,000 black pixels
-# are a PNG of a few hundred kilobytes, and 1.2 GB once decoded.
-MAX_PIXELS = 89_478_485
 
 # What turns a picture upright, by its EXIF orientation (2 to 8; Exif 2.32, section 4.6.4).
 UPRIGHT = {
@@ -59,7 +57,7 @@ def decode_image(data: bytes, *, apply_exif: bool = False) -> np.ndarray:
     a copy, read-only.
 
     Args:
-        data: a file of any format that Pillow reads, or a ``.npy``; of several frames or pages, the first.
+        data: a file of one of ``image_opening.FORMATS``, or a ``.npy``; of several frames or pages, the first.
         apply_exif: turn the image as its EXIF orientation says. By default that is ignored, as open_clip does.
 
     Raises:
@@ -120,7 +118,7 @@ def read_orientation(data: bytes) -> int:
     if data.startswith(NPY_MAGIC):
         return 1
     try:
-        stated = Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1)
+        stated = open_image(io.BytesIO(data), MAX_PIXELS).getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged metadata of good pixels; of damaged pixels the decoder tells
         return 1
     return stated if stated in UPRIGHT else 1
@@ -139,10 +137,7 @@ def _open(data: bytes) -> Image.Image:
     """Header read, pixels not yet."""
     if not data:
         raise BrokenSample("empty_image")
-    image = Image.open(io.BytesIO(data))
-    if image.width * image.height > MAX_PIXELS:
-        raise BrokenSample("too_many_pixels")
-    return image
+    return open_image(io.BytesIO(data), MAX_PIXELS)
 
 
 @contextmanager

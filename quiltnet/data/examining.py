@@ -20,6 +20,7 @@ from quiltnet.data.near_duplicates import GRID, POSITIONS, look_of
 from quiltnet.data.pairs import caption_id, short_hash
 from quiltnet.data.stored_pairs import IMAGE_EXTENSIONS, WANTED_EXTENSIONS, StoredPair, pair_from_members
 from quiltnet.data.tar_index import TarIndex, ensure_index
+from quiltnet.image_opening import FORMATS
 
 # Of each caption, whether the model's tokeniser cuts it.
 Truncated = Callable[[list[str]], Sequence[bool]]
@@ -189,7 +190,7 @@ def _examine_header(row: np.ndarray, data: bytes) -> None:
     if data.startswith(NPY_MAGIC):
         return
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)  # of any size: the pixels stay where they are
         row["width"], row["height"] = image.size
         mode, has_colour_key = image.mode, "transparency" in image.info
     except Exception:  # damaged headers raise a dozen types; decoding gives the verdict

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+
+from quiltnet.whole_files import write_whole
 
 SMALL_SIDE = 64  # pixels: an image with a shorter side than this shows next to nothing at a model's input size
 QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
@@ -53,12 +54,7 @@ class ShardReport:
 
     def save(self, path: Path) -> None:
         """Whole or absent."""
-        unfinished = path.with_name(f"{path.name}.partial")
-        with open(unfinished, "w", encoding="utf-8") as file:
-            json.dump(vars(self), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        write_whole(path, json.dumps(vars(self)))
 
 
 def read_report(path: Path) -> ShardReport:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from quiltnet.errors import UserError
+from quiltnet.whole_files import write_whole
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -63,14 +63,7 @@ def tars_in(folder: Path) -> list[Path]:
 
 def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
     """Whole or absent: the file gets its name when every byte of it is on the disk."""
-    path = Path(folder) / MANIFEST_NAME
-    unfinished = path.with_name(f"{path.name}.partial")
-    # The name of a folder need not be text: what is not, becomes the escape that JSON has for it.
-    with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as file:
-        json.dump(manifest, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    write_whole(Path(folder) / MANIFEST_NAME, json.dumps(manifest, indent=1, ensure_ascii=False))
 
 
 def shard_entry(path: Path, *, samples: int, captions: int, folder: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ where they were stopped. It is numbers only, 40 bytes a row, and mapped by all w
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from quiltnet.data.ledger import write_rejection
 from quiltnet.data.pairs import hash_code, plain_path
 from quiltnet.data.row_table import RowTable
 from quiltnet.errors import UserError
+from quiltnet.whole_files import write_whole
 
 LAYOUTS = ("images", "rows")
 PLAN_NAME = "plan.json"  # written last: with it the plan is whole
@@ -63,10 +63,8 @@ class Plan:
         for name in ("rows", "starts", "images", "sources"):
             np.save(folder / f"plan-{name}.npy", getattr(self, name))
         shards = [[shard.split, shard.number, shard.first, shard.end] for shard in self.shards]
-        unfinished = folder / f"{PLAN_NAME}.partial"
         rest = {"shards": shards, "splits": self.splits, "rejected": self.rejected}
-        unfinished.write_text(json.dumps(rest), encoding="utf-8")
-        os.replace(unfinished, folder / PLAN_NAME)
+        write_whole(folder / PLAN_NAME, json.dumps(rest))
 
 
 def open_plan(folder: Path) -> Plan:

@@ -9,7 +9,6 @@ place in the stream is one number, and a loader has no state to save.
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 import weakref
@@ -33,6 +32,7 @@ from quiltnet.data.shard_files import ShardSpec
 from quiltnet.data.streamed_pairs import StreamedPairs, open_remote
 from quiltnet.data.watchdog import StageBoard, Watchdog
 from quiltnet.errors import UserError
+from quiltnet.worker_signals import leave_signals_to_parent
 
 # A loader process that is waiting (for a silent server, say) looks this often whether it is still wanted, and is given
 # so long to end by itself.
@@ -249,8 +249,7 @@ def _unchanged(batch: Batch | UserError) -> Batch | UserError:
 
 
 def _start_worker(ending: Tensor, worker: int) -> None:
-    # A terminal sends Ctrl-C to all processes. The main one ends the workers; a traceback of each helps nobody.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_signals_to_parent(worker)
     # Workers are the parallelism: tokenizers would start a thread a core in each of them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_in_time, args=(os.getppid(), ending), daemon=True).start()

@@ -21,6 +21,7 @@ import pyarrow as pa
 from quiltnet.data.cells import converted
 from quiltnet.data.pairs import PairRow
 from quiltnet.errors import UserError
+from quiltnet.whole_files import write_whole
 
 FIXED = {
     "number": pa.int64(),
@@ -154,8 +155,7 @@ def write_rows(
     summary = {"rows": rows, "dropped": dropped, "findings": source.findings, "kinds": source.kinds}
     os.replace(unfinished, folder / ROWS_NAME)
     # The summary comes last: with it the rows are whole.
-    (folder / f"{SUMMARY_NAME}.partial").write_text(json.dumps(summary), encoding="utf-8")
-    os.replace(folder / f"{SUMMARY_NAME}.partial", folder / SUMMARY_NAME)
+    write_whole(folder / SUMMARY_NAME, json.dumps(summary))
 
 
 def _require_splits(batch: pa.RecordBatch, source: RowSource) -> None:

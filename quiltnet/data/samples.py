@@ -11,10 +11,10 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from quiltnet.data.image_files import Images
 from quiltnet.data.pairs import PairRow, caption_id, image_id, plain_path, sample_key
+from quiltnet.image_opening import open_image
 
 # The extension of a member says what the bytes are, whatever the file was called.
 EXTENSION_OF_MAGIC = (
@@ -80,7 +80,7 @@ def _size(extension: str, data: bytes) -> tuple[int, int]:
     if extension == "npy":
         height, width, _ = np.load(io.BytesIO(data), allow_pickle=False).shape
         return width, height
-    with Image.open(io.BytesIO(data)) as image:  # its header alone
+    with open_image(io.BytesIO(data)) as image:  # its header alone
         return image.size
 
 

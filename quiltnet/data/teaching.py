@@ -31,6 +31,7 @@ from quiltnet.data.tar_index import TarIndex, open_index, write_index
 from quiltnet.data.teacher_features import TEACHER_EXTENSION, pack_features
 from quiltnet.data.workplace import WORK, built_aside, check_target
 from quiltnet.errors import UserError
+from quiltnet.whole_files import write_whole
 
 Progress = Callable[[int, int, int], None]  # shards done, all shards, samples
 
@@ -212,9 +213,7 @@ def _teach_shard(shard: SetShard, work: Work) -> dict[str, Any]:
     write_index(target)
     counts = {"samples": len(index), "captions": entry["captions"]}
     done = {"entry": shard_entry(target, folder=work.folder, **counts), "without": without}
-    unfinished_record = record.with_suffix(".partial")
-    unfinished_record.write_text(json.dumps(done), encoding="utf-8")
-    os.replace(unfinished_record, record)
+    write_whole(record, json.dumps(done))
     return done
 
 

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from quiltnet.data.manifest import MANIFEST_NAME, read_manifest
 from quiltnet.errors import UserError
+from quiltnet.whole_files import write_whole
 
 # No split can be called so: their folders are made beside it.
 WORK, REQUEST_NAME, LOCK_NAME = ".work", "request.json", "lock"
@@ -112,8 +113,7 @@ def _claim(out: Path, request: Any, say: Callable[[str], None]) -> TextIO:
             say(f"{partial} was left by another request or an older table; starting over")
         _clear(partial, {work})
         _clear(work, {work / LOCK_NAME})
-        recorded.with_suffix(".partial").write_text(json.dumps(request), encoding="utf-8")
-        os.replace(recorded.with_suffix(".partial"), recorded)
+        write_whole(recorded, json.dumps(request))
     return lock
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from quiltnet.distributed import all_gather_object, broadcast_object, gather_rows, rank, world_size
 from quiltnet.errors import UserError
 from quiltnet.evaluation.feature_cache import FeatureCache
+from quiltnet.worker_signals import leave_signals_to_parent
 
 
 class EncodesImagesAndText(Protocol):
@@ -94,14 +96,23 @@ class SetEncoder:
         model: as its caller has set it: eval mode, no gradients, precision.
         cache: where features outlive the process; None to keep them for as long as this object lives.
         dtype: what the towers compute in, for the record and the cache; features are float32 in any case.
+        between: called between batches, by all ranks as often; what it raises ends the encoding.
+        waiting: entered while a loader is waited for, which is at this rank's own pace.
     """
 
     def __init__(
-        self, model: EncodesImagesAndText, cache: FeatureCache | None = None, dtype: torch.dtype = torch.float32
+        self,
+        model: EncodesImagesAndText,
+        cache: FeatureCache | None = None,
+        dtype: torch.dtype = torch.float32,
+        between: Callable[[], None] | None = None,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model = model
         self.cache = cache
         self.dtype = dtype
+        self.between = between or (lambda: None)
+        self.waiting = waiting
         self._kept: dict[str, tuple[Tensor, list[Any]]] = {}
         self._contents: dict[int, tuple[ImageSamples, str]] = {}  # by id, which the reference keeps from being reused
 
@@ -129,6 +140,7 @@ class SetEncoder:
         for start in range(0, len(indices), batch_size):
             text = self.model.tokenize([captions[index] for index in indices[start : start + batch_size]])  # (B, L)
             features.append(self.model.encode_text(text.to(self.model.device)).float())
+            self.between()
         return gather_rows(torch.cat(features)[:own]).cpu()
 
     def _encoded(
@@ -139,11 +151,45 @@ class SetEncoder:
         if key not in self._kept:
             found = broadcast_object(self.cache.load(key) if self.cache is not None and rank() == 0 else None)
             if found is None:
-                found = _encode_images(self.model, samples, batch_size, workers, projected, with_rest)
+                found = self._encode_images(samples, batch_size, workers, projected, with_rest)
                 if self.cache is not None and rank() == 0:
                     self.cache.save(key, *found)
             self._kept[key] = found
         return self._kept[key]
+
+    def _encode_images(
+        self, samples: ImageSamples, batch_size: int, workers: int, projected: bool, with_rest: bool
+    ) -> tuple[Tensor, list[Any]]:  # all ranks
+        """Image features (N, D) of all samples on the CPU, and what comes with their images if that is wanted."""
+        indices, own = _share(len(samples))
+        loader = DataLoader(
+            _Transformed(samples, self.model.transform),
+            batch_size=batch_size,
+            sampler=indices,
+            num_workers=workers,
+            collate_fn=_stack_images,
+            pin_memory=self.model.device.type == "cuda",
+            # A loader draws its workers' seed; evaluating must not move the random numbers of training.
+            generator=torch.Generator(),
+            worker_init_fn=leave_signals_to_parent,
+        )
+        features, rest = [], []
+        for image, rest_of_batch in self._awaited(loader):
+            image = image.to(self.model.device, non_blocking=True)
+            features.append(self.model.encode_image(image, projected=projected).float())  # (B, D)
+            rest.extend(rest_of_batch)
+            self.between()
+        everything = list(chain.from_iterable(all_gather_object(rest[:own]))) if with_rest else []
+        return gather_rows(torch.cat(features)[:own]).cpu(), everything
+
+    def _awaited(self, loader: DataLoader) -> Iterator[tuple[Tensor, list[tuple[Any, ...]]]]:
+        batches = iter(loader)
+        for _ in range(len(loader)):
+            with self.waiting():
+                batch = next(batches)
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
     def _key(self, samples: ImageSamples, projected: bool, with_rest: bool) -> str:
         model = self._model if self.cache is not None else None  # within one object it is the same
@@ -162,33 +208,6 @@ class SetEncoder:
                 digest.update(f"{line}\n".encode())
             self._contents[id(samples)] = samples, digest.hexdigest()
         return self._contents[id(samples)][1]
-
-
-def _encode_images(
-    model: EncodesImagesAndText, samples: ImageSamples, batch_size: int, workers: int, projected: bool, with_rest: bool
-) -> tuple[Tensor, list[Any]]:  # all ranks
-    """Image features (N, D) of all samples on the CPU, and what comes with their images if that is wanted."""
-    indices, own = _share(len(samples))
-    loader = DataLoader(
-        _Transformed(samples, model.transform),
-        batch_size=batch_size,
-        sampler=indices,
-        num_workers=workers,
-        collate_fn=_stack_images,
-        pin_memory=model.device.type == "cuda",
-        # A loader draws its workers' seed; evaluating must not move the random numbers of training.
-        generator=torch.Generator(),
-    )
-    features, rest = [], []
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        image, rest_of_batch = batch
-        image = image.to(model.device, non_blocking=True)
-        features.append(model.encode_image(image, projected=projected).float())  # (B, D)
-        rest.extend(rest_of_batch)
-    everything = list(chain.from_iterable(all_gather_object(rest[:own]))) if with_rest else []
-    return gather_rows(torch.cat(features)[:own]).cpu(), everything
 
 
 def _share(count: int) -> tuple[list[int], int]:

@@ -57,7 +57,8 @@ def open_h5(path: Path, key: str) -> Any:
     """A data set of an HDF5 file, open for reading.
 
     Raises:
-        UserError: no HDF5 file, one that was cut short, or one without that data set.
+        UserError: no HDF5 file, one that was cut short, one without that data set, or whose data set is a reference to
+            another file.
     """
     import h5py
 
@@ -67,4 +68,19 @@ def open_h5(path: Path, key: str) -> Any:
         raise UserError(f"cannot open {path} as HDF5 ({error}); unpack its .gz file, or get it anew") from error
     if key not in file:
         raise UserError(f"{path} has no data set {key!r}; it has {', '.join(file)}")
-    return file[key]
+    found = None if _leads_out(file, key) else file[key]
+    if not isinstance(found, h5py.Dataset) or found.external is not None or found.is_virtual:
+        raise UserError(
+            f"{key} of {path} is no data set of its own, but a group or a reference to another file; get a file that "
+            "holds its images"
+        )
+    return found
+
+
+def _leads_out(file: Any, key: str) -> bool:
+    """Whether a part of the key is a link to another file, which h5py would open."""
+    import h5py
+
+    parts = key.strip("/").split("/")
+    above = ["/".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return any(file.get(part, getclass=True, getlink=True) is not h5py.HardLink for part in above)

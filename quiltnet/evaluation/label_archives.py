@@ -166,7 +166,8 @@ def _npz_labels(file: Path) -> dict[str, list[str]]:
     if not file.is_file():
         raise UserError(f"{file} is not a file; give the npz file of images and labels")
     try:
-        with open(file, "rb") as opened, np.load(opened) as archive:  # np.load leaves what is no zip open
+        # np.load leaves what is no zip open.
+        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as archive:
             arrays = {name.removesuffix("_labels"): archive[name] for name in archive.files if name.endswith("_labels")}
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
         raise UserError(f"cannot read {file} as an npz file ({error}); get it anew, whole") from error
@@ -296,4 +297,4 @@ def _images_in(rows: Any, column: str, folder: str | Path) -> HuggingFaceImages:
     if not isinstance(rows.features[column], Image):
         raise UserError(f"{column} of {folder} is no column of images; cast_column({column!r}, Image()) makes it one")
     stored = rows.select_columns([column]).with_format(None).cast_column(column, Image(decode=False))
-    return HuggingFaceImages(stored, column)
+    return HuggingFaceImages(stored, column, folder)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from quiltnet.errors import UserError
+from quiltnet.image_opening import open_image
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -195,11 +196,11 @@ def read_rgb(image: Path | bytes | np.ndarray) -> Image.Image:
     """The whole image, decoded by Pillow, in 8-bit RGB; its EXIF orientation is ignored, as in training.
 
     Raises:
-        UNREADABLE: it is damaged, no image, or of 32-bit pixels.
+        UNREADABLE: it is damaged, no image, of 32-bit pixels, or of more pixels than fit into memory.
     """
     if isinstance(image, np.ndarray):
         return _as_rgb(Image.fromarray(image))
-    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+    with open_image(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
         return _as_rgb(opened)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +44,8 @@ def measure(
     cache: FeatureCache | None = None,
     dtype: torch.dtype = torch.float32,
     time_budget_s: float | None = None,
+    between: Callable[[], None] | None = None,
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, Outcome]:  # all ranks
     """The outcome of every evaluator, rank 0's on every rank; what several of them look at is encoded once.
 
@@ -51,16 +53,19 @@ def measure(
         dtype: bfloat16 to compute the towers in that; features are normalised in float32 in any case.
         time_budget_s: an evaluator that would start later than this is left out, with a warning. One that has started
             ends, however long it takes.
+        between: called between batches, by all ranks as often; what it raises ends the evaluation.
+        waiting: entered while a loader is waited for, which is at this rank's own pace.
     """
     outcomes: dict[str, Outcome] = {}
     start = time.monotonic()
     with evaluation_mode(model), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        encoder = SetEncoder(model, cache, dtype)
+        encoder = SetEncoder(model, cache, dtype, between, waiting)
         for name, evaluator in evaluators.items():
             elapsed_s = broadcast_object(time.monotonic() - start)  # rank 0's clock decides for all
             if time_budget_s is not None and elapsed_s > time_budget_s:
                 log.warning("%s was left out: evaluation has its %.0f s already", name, time_budget_s)
                 continue
+            encoder.between()
             outcomes[name] = evaluator.run(encoder)
     return broadcast_object(outcomes)
 

@@ -63,7 +63,7 @@ class NpzImages(Sequence[np.ndarray]):
         if place.offset is not None:
             return np.memmap(self.path, place.dtype, "r", place.offset, place.shape, "F" if place.is_fortran else "C")
         try:
-            with open(self.path, "rb") as opened, np.load(opened) as archive:
+            with open(self.path, "rb") as opened, np.load(opened, allow_pickle=False) as archive:
                 return archive[self.array]
         except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
             raise UserError(f"cannot read {self.array} of {self.path} ({error}); get the file anew") from error
@@ -164,11 +164,18 @@ class HuggingFaceImages(Sequence):
 
     Args:
         rows: ``datasets.Dataset`` whose column is of the feature ``Image(decode=False)``.
+        folder: of the data set.
+
+    Raises:
+        UserError: it names a file outside of the folder, as its table or, when it is asked for, as an image.
     """
 
-    def __init__(self, rows: Any, column: str) -> None:
+    def __init__(self, rows: Any, column: str, folder: str | Path) -> None:
         self.rows = rows
         self.column = column
+        self.folder = Path(folder).resolve()
+        for file in rows.cache_files:
+            self._inside(file["filename"])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -177,7 +184,18 @@ class HuggingFaceImages(Sequence):
         stored = self.rows[index][self.column]
         if stored is None or (stored["bytes"] is None and stored["path"] is None):
             raise UserError(f"row {index} of the data set has no image; take it out of the set")
-        return Path(stored["path"]) if stored["bytes"] is None else stored["bytes"]
+        if stored["bytes"] is not None:
+            return stored["bytes"]
+        return self._inside(stored["path"])
+
+    def _inside(self, named: str) -> Path:
+        file = (self.folder / named).resolve()
+        if not file.is_relative_to(self.folder):
+            raise UserError(
+                f"{self.folder} names {named}, which is outside of it; where the data set is your own, save_to_disk of "
+                "a newer datasets library keeps the images in it"
+            )
+        return file
 
     def content(self) -> list[str]:
         files = " ".join(_identity(Path(file["filename"])) for file in self.rows.cache_files)

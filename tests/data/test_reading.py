@@ -342,7 +342,7 @@ def children() -> set[int]:
 
 
 def wait_until_gone(pids: set[int]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while pids & children() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not pids & children()
@@ -428,7 +428,7 @@ def test_processes_that_wait_are_not_waited_for(make_shards):
     time.sleep(0.5)  # all three are at their second batch
     begun = time.monotonic()
     loader.close()
-    assert time.monotonic() - begun < 6
+    assert time.monotonic() - begun < 12
     wait_until_gone(children() - before)
 
 
@@ -457,7 +457,7 @@ def test_processes_that_wait_do_not_outlive_a_killed_run(make_shards):
     assert process.stdout.readline() == "ready\n"
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while group_lives(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not group_lives(process.pid)

@@ -85,7 +85,7 @@ def test_patience_ends(server, fault):
     with pytest.raises(Unreachable) as caught:
         read(server.url("a.tar"), patience=replace(HASTY, retries=2))
     assert caught.value.reason == "unreachable_shard" and server.url("a.tar") in str(caught.value)
-    assert len(server.requests) == 3 and time.monotonic() - begin < 5
+    assert len(server.requests) == 3 and time.monotonic() - begin < 20
 
 
 @pytest.mark.parametrize(("status", "tries"), [(401, 1), (403, 1), (410, 1), (429, 4), (500, 4), (503, 4)])
@@ -117,7 +117,7 @@ def test_a_server_that_never_answers():
         begin = time.monotonic()
         with pytest.raises(Unreachable, match=r"not a byte in 0\.3 s"):
             read(f"http://127.0.0.1:{deaf.getsockname()[1]}/a.tar", patience=replace(HASTY, retries=1))
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 20
 
 
 def test_a_file_that_is_replaced_meanwhile_is_given_up(server):
@@ -135,7 +135,7 @@ def test_stop_ends_the_waiting(server):
     begin = time.monotonic()
     with pytest.raises(Stopped):
         read(server.url("a.tar"), patience=replace(QUICK, first_delay_s=60.0), stop=stop)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20
 
 
 def test_stores_are_read_by_ranges(tmp_path):
@@ -175,7 +175,7 @@ def test_commands_that_fail(command):
     begin = time.monotonic()
     with pytest.raises(Unreachable, match=r"status|nothing") as caught:
         read(f"pipe:{command}", allow_pipe=True, patience=replace(HASTY, retries=1))
-    assert caught.value.reason == "unreachable_shard" and time.monotonic() - begin < 5
+    assert caught.value.reason == "unreachable_shard" and time.monotonic() - begin < 20
 
 
 def test_a_command_that_fails_once(tmp_path):

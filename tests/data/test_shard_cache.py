@@ -223,7 +223,7 @@ def test_bad_arguments(tmp_path, folder, limit, message):
         ShardCache(tmp_path / folder, limit)
 
 
-def _wait_until(condition: Callable[[], object], seconds: float = 5.0) -> None:
+def _wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -247,7 +247,7 @@ def test_resume_after_kill_9(server):
     assert keys(stream(shards, unit=1, units=2, shuffle_buffer=7, shards_at_once=4), 30, 120) == straight[120:]
 
 
-def _wait_until(condition: object, seconds: float = 5.0) -> None:
+def _wait_until(condition: object, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -24,7 +24,7 @@ from quiltnet.data.tar_index import find_index
 from quiltnet.data.teacher_features import TEACHER_EXTENSION, parse_features
 from quiltnet.data.teaching import stored_teacher, teach_shards
 from quiltnet.errors import UserError
-from quiltnet.release.hub import export_open_clip
+from quiltnet.release.exporting import export_open_clip
 from tests.data.made_sets import encoded, pair, read_tar, tissue, write_set
 from tests.model.towers import tiny_model
 

@@ -70,7 +70,7 @@ def test_no_process_outlives_its_parent(tmp_path, signal_number):
         os.killpg(parent.pid, signal_number)  # as a terminal does
     else:
         parent.send_signal(signal_number)
-    parent.wait(timeout=10)
-    _, alive = psutil.wait_procs(workers, timeout=10)
+    parent.wait(timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
     assert [path.read_text() for path in names] == ["begun", "begun"]
