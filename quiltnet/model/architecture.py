@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,14 +11,21 @@ from typing import Any
 
 import open_clip
 import timm
+from huggingface_hub import snapshot_download
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
+from torch import Tensor
 
 from quiltnet.errors import UserError
 from quiltnet.model.contrastive import Description
 from quiltnet.model.folder import find_weights, read_description
-from quiltnet.model.weights import hub_access, resolve_path
+from quiltnet.model.published_layouts import is_openai
+from quiltnet.model.timm_folder import LOCAL_PREFIX, TIMM_KEYS, check_model_args, read_timm_folder, timm_folder_weights
+from quiltnet.model.weights import hub_access, read_weights, resolve_path
 
+log = logging.getLogger(__name__)
+
+HUB_PREFIX = "hf-hub:"
 # Keys of a tower that say where it comes from; all others are open_clip's own, of CLIPVisionCfg or CLIPTextCfg.
 _SOURCE_KEYS = {"architecture", "pretrained", "weights_by_position"}
 _PREPROCESSING_OF_TAGS = ("mean", "std", "interpolation", "resize_mode")
@@ -30,7 +38,8 @@ class Plan:
     description: Description
     architecture: str | None = None
     weights: Path | None = None
-    # A tag or a folder says what its weights were trained with, a file of tensors does not.
+    tensors: dict[str, Tensor] | None = None  # where the weights are read already
+    # A tag, a folder and OpenAI's own file say what the weights were trained with, a file of tensors does not.
     tells_training: bool = False
     image: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] = field(default_factory=dict)
@@ -63,6 +72,8 @@ def plan_architecture(architecture: str, pretrained: str | None) -> Plan:
         raise UserError(f"{error}; or one of the tags of {architecture}: {tags}") from None
     if plan.weights.is_dir():
         _take_folder(plan, plan.weights)
+    else:
+        _take_file(plan, plan.weights)
     return plan
 
 
@@ -75,6 +86,7 @@ def plan_towers(
     """An image and a text tower, each by its own keys; ``pretrained`` is a file with the whole model's weights."""
     if image is None or text is None or embed_dim is None:
         raise UserError("two towers need all of: image, text, embed_dim")
+    image, preprocessing = _open_timm_folder(image)
     vision_cfg = _tower_cfg("image", image, CLIPVisionCfg)
     text_cfg = _tower_cfg("text", text, CLIPTextCfg)
     preprocess_cfg = asdict(PreprocessCfg())
@@ -82,8 +94,12 @@ def plan_towers(
         default = _timm_default(timm_name)
         preprocess_cfg.update(mean=tuple(default.mean), std=tuple(default.std))
         vision_cfg.setdefault("image_size", default.input_size[-1])
+        check_model_args(vision_cfg.get("timm_model_args") or {})
+    preprocess_cfg.update(preprocessing)
     if image.get("pretrained") is True and "timm_model_name" not in vision_cfg:
         raise UserError("image.pretrained=true asks for timm's weights; an open_clip tower takes a path")
+    if image.get("pretrained") is True and vision_cfg.get("timm_model_args"):
+        raise UserError("image.pretrained=true: timm's own weights are of a tower without timm_model_args; give a path")
     if text.get("pretrained") is True and "hf_model_name" not in text_cfg:
         raise UserError(
             "text.pretrained=true asks for the Hugging Face model's weights; an open_clip tower takes a path"
@@ -93,8 +109,16 @@ def plan_towers(
     if len(activations) > 1:
         raise UserError(f"the towers of {' and '.join(_named(image, text))} have different activations; choose alike")
     model_cfg["quick_gelu"] = activations == {True}
-    weights = resolve_path(pretrained) if pretrained else None
-    return Plan(Description(model_cfg, preprocess_cfg), weights=weights, image=image, text=text)
+    plan = Plan(Description(model_cfg, preprocess_cfg), image=image, text=text)
+    if pretrained:
+        weights = resolve_path(pretrained)
+        if weights.is_dir():
+            raise UserError(
+                f"pretrained={pretrained} is a folder, which says itself what it is of: model=start "
+                f"model.source={pretrained}; two towers take a file of weights"
+            )
+        _take_file(plan, weights)
+    return plan
 
 
 def _take_tag(plan: Plan, pretrained: str, tag: Mapping[str, Any]) -> None:
@@ -120,9 +144,35 @@ def _take_folder(plan: Plan, folder: Path) -> None:
         if differing:
             raise UserError(
                 f"{folder} does not hold a {plan.architecture} ({section}, asked / found: {'; '.join(differing)}); "
-                f"model=folder model.folder={folder} takes the architecture from the folder"
+                f"model=start model.source={folder} takes the architecture from the folder"
             )
     plan.description, plan.weights, plan.tells_training = found, find_weights(folder), True
+
+
+def _take_file(plan: Plan, file: Path) -> None:
+    """A file of tensors, which tells nothing of how it was trained, unless it is OpenAI's."""
+    plan.weights, plan.tensors = file, read_weights(file, torchscript=True)
+    if is_openai(plan.tensors):
+        plan.tells_training = True
+        plan.description.model_cfg["quick_gelu"] = True
+        log.info("%s is OpenAI's file: its towers have QuickGELU", file)
+
+
+def _open_timm_folder(image: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """An image tower that is named by a folder of timm's, by name and options instead; its mean and std."""
+    name = str(image.get("timm_model_name"))
+    if name.startswith(HUB_PREFIX):
+        repository = name.removeprefix(HUB_PREFIX)
+        with hub_access(f"the timm model {repository}", "give its folder: timm_model_name=local-dir:/path"):
+            name = LOCAL_PREFIX + snapshot_download(repository)
+    if not name.startswith(LOCAL_PREFIX):
+        return image, {}
+    folder = resolve_path(name.removeprefix(LOCAL_PREFIX))
+    found = read_timm_folder(folder)
+    tower = {"image_size": found["image_size"], **image, **{key: found[key] for key in TIMM_KEYS if key in found}}
+    if image.get("pretrained") is True:
+        tower["pretrained"] = str(timm_folder_weights(folder))
+    return tower, {"mean": found["mean"], "std": found["std"]}
 
 
 def _named(*towers: Mapping[str, Any]) -> list[str]:
@@ -133,7 +183,7 @@ def _named(*towers: Mapping[str, Any]) -> list[str]:
 def _tower_cfg(which: str, tower: Mapping[str, Any], known: type) -> dict[str, Any]:
     """open_clip's section for one tower."""
     cfg = {name: value for name, value in tower.items() if name not in _SOURCE_KEYS}
-    allowed = {item.name for item in fields(known)}
+    allowed = {item.name for item in fields(known)} | ({"timm_model_args"} if which == "image" else set())
     if unknown := sorted(set(cfg) - allowed):
         raise UserError(f"{which} tower: unknown keys {unknown}; it takes {', '.join(sorted(allowed | _SOURCE_KEYS))}")
     if architecture := tower.get("architecture"):

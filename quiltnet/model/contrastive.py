@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from quiltnet.model.backbone_features import backbone_features
 from quiltnet.model.text_forward import encode_text, padding_is_idle
 from quiltnet.model.tokenizer import BatchTokenizer, Tokenizer
-from quiltnet.model.tower_blocks import parameter_layers, tower_blocks
+from quiltnet.model.tower_blocks import parameter_layers, projection_names, tower_blocks, towers
 
-BatchNormMode = Literal["frozen", "train"]
+BatchNormMode = Literal["frozen", "adapted", "train"]
 
 
 @dataclass
@@ -168,14 +169,41 @@ class ContrastiveModel(nn.Module):
         """Parameter name -> (tower, layer, layers): 0 for what embeds, ``layers`` for what projects."""
         return parameter_layers(self.clip)
 
-    def train(self, mode: bool = True) -> ContrastiveModel:
-        """Training mode, except that BatchNorm keeps its pretrained statistics unless ``batchnorm="train"``.
+    def projection_names(self, prefix: str = "clip.") -> set[str]:
+        """Names of the parameters that take features of either tower into the joint space."""
+        prefixes = {"image": f"{prefix}visual.", "text": f"{prefix}text." if hasattr(self.clip, "text") else prefix}
+        found = towers(self.clip).items()
+        return {prefixes[kind] + name for kind, tower in found for name in projection_names(tower)}
 
-        Batch statistics differ from rank to rank and from batch to batch, so with them W ranks no longer equal one.
+    def train(self, mode: bool = True) -> ContrastiveModel:
+        """Training mode, except for what is frozen, and for BatchNorm unless ``batchnorm="train"``.
+
+        What has parameters of which none trains stays in eval mode: its features are the same each time, without
+        dropout or stochastic depth. BatchNorm keeps its pretrained statistics: those of a batch differ from rank to
+        rank and from batch to batch, so with them W ranks no longer equal one. ``batchnorm="adapted"`` keeps those
+        that the run measured before its first step.
         """
         super().train(mode)
-        if self.batchnorm == "frozen":
+        for module in _frozen_modules(self.clip):
+            module.eval()
+        if self.batchnorm != "train":
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
+
+
+def _frozen_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules that have parameters of which none trains, and what stands among nothing but such."""
+    parameters = list(module.parameters())
+    if not parameters:
+        return
+    if not any(parameter.requires_grad for parameter in parameters):
+        yield module
+        return
+    children = list(module.children())
+    if any(parameter.requires_grad for child in children for parameter in child.parameters()):
+        for child in children:
+            yield from _frozen_modules(child)
+    else:  # a projection that is a parameter of the tower itself: patch dropout among the children is the trunk's
+        yield from children

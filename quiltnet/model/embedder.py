@@ -30,14 +30,19 @@ class Embedder:
         """N PIL images of any size and mode -> ``(N, D)`` float32, unit length, on the CPU."""
         batches = self._batches(images)
         encoded = [self.model.encode_image(self._stack([self.model.transform(i) for i in batch])) for batch in batches]
-        return torch.cat([features.cpu() for features in encoded])
+        return self._joined(encoded)
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """N strings -> ``(N, D)`` float32, unit length, on the CPU."""
         batches = self._batches(captions)
         encoded = [self.model.encode_text(self.model.tokenize(batch).to(self.model.device)) for batch in batches]
-        return torch.cat([features.cpu() for features in encoded])
+        return self._joined(encoded)
+
+    def _joined(self, encoded: Sequence[Tensor]) -> Tensor:
+        """(N, D) on the CPU; of nothing (0, D)."""
+        none = torch.empty(0, self.model.description.model_cfg["embed_dim"])
+        return torch.cat([none, *(features.cpu() for features in encoded)])
 
     def _stack(self, images: list[Tensor]) -> Tensor:
         return torch.stack(images).to(self.model.device)

@@ -60,6 +60,12 @@ class FastBPE:
             row[end] = self.reference.eot_token_id
         return torch.from_numpy(text), length
 
+    def pieces(self, text: str, context_length: int) -> list[str | None]:
+        """Of each place of the row, the text of its token; None for start and end. Without padding."""
+        ids, length = self([text], context_length)
+        end = min(int(length), context_length) - 1
+        return [None, *(self.reference.decode([number]).strip() for number in ids[0, 1:end].tolist()), None]
+
     def _encode_slowly(self, text: str) -> np.ndarray:
         """Tokens that a user adds are patterns to open_clip, and may match white space too."""
         if len(self.reference.cache) > _REMEMBERED:  # open_clip's own has no bound

@@ -28,7 +28,7 @@ def padding_is_idle(clip: nn.Module, pad_id: int | None) -> bool:
         config = tower.config
         masks = config.model_type in _MASKED_ENCODERS and type(tower.pooler) in _MASKED_POOLERS
         return masks and config.pad_token_id == pad_id and not tower.output_tokens
-    if not _is_causal(tower):
+    if not is_causal(tower):
         return False
     pool_type, end_id = _pooling(tower)
     # argmax finds the end token by the highest id, or its first of several; 0 is never above another.
@@ -45,10 +45,19 @@ def encode_text(clip: nn.Module, text: Tensor) -> Tensor:
         ``(B, D)``, not normalised.
     """
     tower = getattr(clip, "text", clip)
-    length = text.shape[1]
-    if not _is_causal(tower) or length == tower.context_length:
+    if not is_causal(tower) or text.shape[1] == tower.context_length:
         return clip.encode_text(text)
-    # Operation for operation what open_clip does with a text of full length.
+    return encode_causal_text(tower, text)
+
+
+def encode_causal_text(tower: nn.Module, text: Tensor) -> Tensor:
+    """Operation for operation what open_clip does with a text of full length, for any length up to that.
+
+    Args:
+        tower: one of which ``is_causal``.
+        text: ``(B, L)`` int64.
+    """
+    length = text.shape[1]
     dtype = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(text).to(dtype)
     x = x + tower.positional_embedding[:length].to(dtype)
@@ -63,7 +72,7 @@ def encode_text(clip: nn.Module, text: Tensor) -> Tensor:
     return pooled @ tower.text_projection
 
 
-def _is_causal(tower: nn.Module) -> bool:
+def is_causal(tower: nn.Module) -> bool:
     """One of open_clip's own text towers with its causal mask, and nothing but the text in its sequence."""
     return (
         type(tower) in (CLIP, TextTransformer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,16 @@ from torch import Tensor
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy
 
+from quiltnet.errors import UserError
 from quiltnet.model.fast_bpe import FastBPE
 from quiltnet.model.text_cleaning import Cleaning
+from quiltnet.model.tokenizer_config import check_tokenizer_config
 
 # Loader workers are forked after the first use; the library would warn and switch its threads off anyway.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# How vocabularies mark where words begin, go on or end.
+_MARKS = re.compile("^(##|▁|Ġ)|</w>$")
 
 
 class Tokenizer:
@@ -45,6 +51,20 @@ class Tokenizer:
     def count_tokens(self, caption: str) -> int:
         """Of the whole text, start and end too: more than ``context_length`` where the call cuts it."""
         return int(self.measure([caption])[1])
+
+    def pieces(self, caption: str) -> list[str | None]:
+        """Of each place of the row, the piece of the caption it stands for; None for what the tokeniser adds.
+
+        Pieces are as they stand in the caption, cleaned as the tokeniser cleans it and without the marks that
+        vocabularies have ("##s", "s</w>"): ``cilia`` may give ``cil`` and ``ia``.
+        """
+        found = self._read.pieces(caption, self.context_length)
+        return found + [None] * (self.context_length - len(found))
+
+    @property
+    def open_clip_tokenizer(self) -> Any:
+        """The one of open_clip that this stands before, whose ids it gives."""
+        return self._tokenize
 
     @property
     def vocab_size(self) -> int:
@@ -93,8 +113,24 @@ def bpe_tokenizer(context_length: int, **options: Any) -> Tokenizer:
 
 
 def hugging_face_tokenizer(name_or_folder: str, context_length: int, **options: Any) -> Tokenizer:
-    """The tokeniser of a Hugging Face model: a hub name, or a folder with its vocabulary."""
-    return Tokenizer(open_clip.tokenizer.HFTokenizer(name_or_folder, context_length, **options), context_length)
+    """The tokeniser of a Hugging Face model: a hub name, or a folder with its vocabulary.
+
+    Raises:
+        UserError: it is one that is not in transformers, but is code in its repository; or names files elsewhere.
+    """
+    check_tokenizer_config(name_or_folder)
+    options["trust_remote_code"] = False
+    try:
+        return Tokenizer(open_clip.tokenizer.HFTokenizer(name_or_folder, context_length, **options), context_length)
+    except ValueError as error:
+        raise refused_code(error, name_or_folder) from error
+
+
+def refused_code(error: ValueError, name: str) -> Exception:
+    """The message where transformers would have to run code of a repository; any other error as it is."""
+    if "trust_remote_code" not in str(error):
+        return error
+    return UserError(f"{name} is code of its repository, which is never run here; take one that transformers has")
 
 
 def built_in_tokenizer(architecture: str, context_length: int) -> Tokenizer:
@@ -140,6 +176,17 @@ class _HuggingFace:
         length = [len(kept) + sum(len(rest) - added for rest in kept.overflowing) for kept in encodings]
         return torch.from_numpy(text), torch.tensor(length, dtype=torch.int64)
 
+    def pieces(self, caption: str, context_length: int) -> list[str | None]:
+        """As ``Tokenizer.pieces``, without padding."""
+        self([caption], context_length)  # sets the library's truncation
+        caption = self._clean(caption)
+        encoding = self._reference.tokenizer.backend_tokenizer.encode(caption)
+        # Whole characters, of which a piece of bytes may be a part; a word that is not known keeps its letters.
+        return [
+            None if is_added else caption[start:end].strip()
+            for (start, end), is_added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+        ]
+
 
 class _AsIs:
     """Any other tokeniser, by its own call. A text is taken as too long if one more place has one more token."""
@@ -156,3 +203,11 @@ class _AsIs:
         used = (text != padding).sum(-1)
         with_one_more = (self._tokenize(texts, context_length=context_length + 1) != padding).sum(-1)
         return text, torch.where(with_one_more > used, context_length + 1, used)
+
+    def pieces(self, caption: str, context_length: int) -> list[str | None]:
+        """As ``Tokenizer.pieces``, by what the tokeniser itself calls its tokens."""
+        inner = self._tokenize.tokenizer
+        added = set(inner.all_special_ids) - {inner.unk_token_id}
+        ids = self._tokenize([caption], context_length=context_length)[0].tolist()
+        names = inner.convert_ids_to_tokens(ids)
+        return [None if i in added else _MARKS.sub("", name) for i, name in zip(ids, names, strict=True)]

@@ -29,8 +29,8 @@ def tower_blocks(clip: nn.Module) -> dict[str, list[nn.Module]]:
         UserError: a tower has no blocks that could be told apart.
     """
     blocks = {}
-    for kind, tower in _towers(clip).items():
-        names = _block_names(tower)
+    for kind, tower in towers(clip).items():
+        names = block_names(tower)
         if not names:
             raise UserError(
                 f"the {kind} tower ({_type_name(tower)}) has no repeated blocks that could be told apart, which "
@@ -50,27 +50,59 @@ def parameter_layers(clip: nn.Module, prefix: str = "clip.") -> dict[str, tuple[
     Args:
         prefix: put before the names, which are those of ``clip.named_parameters()``.
     """
-    towers = {kind: _layers(tower) for kind, tower in _towers(clip).items()}
+    layers_of = {kind: _layers(tower) for kind, tower in towers(clip).items()}
     found = {}
     for name, _ in clip.named_parameters():
         if name in ("logit_scale", "logit_bias"):
             found[prefix + name] = ("", 0, 0)
             continue
         kind = "image" if name.startswith("visual.") else "text"
-        layers, head = towers[kind]
+        layers, head = layers_of[kind]
         found[prefix + name] = (kind, layers[name.removeprefix("visual.").removeprefix("text.")], head)
     return found
 
 
-def _towers(clip: nn.Module) -> dict[str, nn.Module]:
-    """open_clip's CLIP holds its text tower unwrapped, CustomTextCLIP as ``text``."""
+def towers(clip: nn.Module) -> dict[str, nn.Module]:
+    """The ``image`` and the ``text`` tower. open_clip's CLIP is its own text tower, CustomTextCLIP has ``text``."""
     return {"image": clip.visual, "text": getattr(clip, "text", clip)}
+
+
+def named_modules(tower: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``tower.named_modules()``; of a CLIP as its own text tower without the image tower that is in it."""
+    for name, module in tower.named_modules():
+        if not (hasattr(tower, "visual") and f"{name}.".startswith("visual.")):
+            yield name, module
+
+
+def projection_names(tower: nn.Module) -> set[str]:
+    """Parameters of a tower that take its features into the joint space; empty where it has none.
+
+    They are open_clip's own projection: a matrix, or all of a timm tower's ``head`` with its pooling by attention. A
+    timm tower without ``head`` projects by its classifier, a ModifiedResNet by the last layer of its pooling.
+    """
+    if isinstance(tower, TimmModel):
+        head = _names_under(tower, "head")
+        return head or _timm_classifier(tower)
+    if isinstance(tower, ModifiedResNet):
+        return _names_under(tower, "attnpool.c_proj")
+    if isinstance(tower, HFTextEncoder):
+        return _names_under(tower, "proj")
+    return _names_under(tower, "text_projection" if hasattr(tower, "text_projection") else "proj")
+
+
+def _names_under(tower: nn.Module, name: str) -> set[str]:
+    return {other for other, _ in tower.named_parameters() if other == name or other.startswith(f"{name}.")}
+
+
+def _timm_classifier(tower: TimmModel) -> set[str]:
+    classifier = {id(parameter) for parameter in tower.trunk.get_classifier().parameters()}
+    return {name for name, parameter in tower.named_parameters() if id(parameter) in classifier}
 
 
 def _layers(tower: nn.Module) -> tuple[dict[str, int], int]:
     """The layer of each parameter of a tower, and that of the head."""
     names = [name for name, _ in tower.named_parameters()]
-    blocks = _block_names(tower)
+    blocks = block_names(tower)
     if not blocks:
         return dict.fromkeys(names, 0), 0
     if isinstance(tower, TimmModel):
@@ -93,7 +125,8 @@ def _timm_layers(tower: TimmModel, names: list[str], blocks: list[str]) -> tuple
     return {name: min(of_trunk.get(name.removeprefix("trunk."), head), head) for name in names}, head
 
 
-def _block_names(tower: nn.Module) -> list[str]:
+def block_names(tower: nn.Module) -> list[str]:
+    """Names of the repeated blocks, in order of depth; empty where none could be told apart."""
     if isinstance(tower, TimmModel):
         return [f"trunk.{name}" for name in _timm_block_names(tower.trunk)]
     if isinstance(tower, HFTextEncoder):

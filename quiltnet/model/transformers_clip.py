@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +16,12 @@ from torch import Tensor
 from transformers import CLIPConfig
 
 from quiltnet.errors import UserError
-from quiltnet.model.assembly import assemble
+from quiltnet.model.assembly import assemble, load_model_weights
+from quiltnet.model.changes import Changes
 from quiltnet.model.contrastive import ContrastiveModel, Description
 from quiltnet.model.tokenizer import Tokenizer, bpe_tokenizer, hugging_face_tokenizer
-from quiltnet.model.weights import load_exactly, read_weights
+from quiltnet.model.transformers_weights import open_clip_weights
+from quiltnet.model.weights import read_weights
 
 log = logging.getLogger(__name__)
 
@@ -32,30 +33,10 @@ TOKENIZER_NAMES = ("tokenizer.json", "vocab.json")
 OWN_VOCABULARY = 49408  # of CLIP's byte-pair encoding, which is in open_clip's wheel
 # The end token that transformers wrote into configurations before 4.31; there it takes the token of the highest id.
 LEGACY_END_ID = 2
+# Ours in config.json: the bias of a model trained by SigLIP's loss, which CLIPModel has no place for.
+LOGIT_BIAS_KEY = "init_logit_bias"
 PILLOW_BILINEAR, PILLOW_BICUBIC = 2, 3
 INTERPOLATIONS = {PILLOW_BILINEAR: "bilinear", PILLOW_BICUBIC: "bicubic"}
-
-_TOWERS = {"vision_model": "visual.transformer.resblocks", "text_model": "transformer.resblocks"}
-_OF_LAYER = {
-    "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj"
-}  # fmt: skip
-_ELSEWHERE = {
-    "logit_scale": "logit_scale",
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm.weight": "visual.ln_pre.weight",
-    "vision_model.pre_layrnorm.bias": "visual.ln_pre.bias",
-    "vision_model.post_layernorm.weight": "visual.ln_post.weight",
-    "vision_model.post_layernorm.bias": "visual.ln_post.bias",
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm.weight": "ln_final.weight",
-    "text_model.final_layer_norm.bias": "ln_final.bias",
-}
-# Linear layers there, products with a matrix in open_clip.
-_TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
 
 
 def is_transformers_clip(folder: Path) -> bool:
@@ -67,7 +48,7 @@ def is_transformers_clip(folder: Path) -> bool:
     return isinstance(config, dict) and ARCHITECTURE in (config.get("architectures") or ())
 
 
-def load_transformers_clip(folder: Path) -> ContrastiveModel:
+def load_transformers_clip(folder: Path, *, changes: Changes | None = None) -> ContrastiveModel:
     """The model of a folder that transformers' ``CLIPModel`` and its processor were saved to.
 
     Read are ``config.json``, ``model.safetensors`` (or a pickle of nothing but tensors), the tokeniser's files and
@@ -83,37 +64,18 @@ def load_transformers_clip(folder: Path) -> ContrastiveModel:
         "vision_cfg": _vision_cfg(config.vision_config, folder),
         "text_cfg": _text_cfg(config.text_config),
     }
-    preprocess_cfg = _preprocess_cfg(folder, model_cfg["vision_cfg"]["image_size"])
+    weights = open_clip_weights(_read_weights(folder))
+    if (bias := getattr(config, LOGIT_BIAS_KEY, None)) is not None:
+        model_cfg[LOGIT_BIAS_KEY] = bias
+        weights["logit_bias"] = torch.tensor(float(bias))
+    _check_patch_size(folder, config, weights)
+    description = Description(model_cfg, _preprocess_cfg(folder, model_cfg["vision_cfg"]["image_size"]))
+    changes = changes or Changes()
+    changes.apply(description)
     tokenize = _tokenizer(folder, model_cfg["text_cfg"])
-    model = assemble(Description(model_cfg, preprocess_cfg), tokenize)
-    load_exactly(model.clip, open_clip_weights(_read_weights(folder)), str(folder))
+    model = assemble(description, tokenize, batchnorm=changes.batchnorm)
+    load_model_weights(model, weights, str(folder), resize=changes.resize)
     return model
-
-
-def open_clip_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of transformers' ``CLIPModel`` under the names and in the shapes of ``open_clip.CLIP``.
-
-    Names that are not known stay as they are, for the loading to name them.
-    """
-    converted: dict[str, Tensor] = {}
-    attention: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in weights.items():
-        if name.endswith("embeddings.position_ids"):  # a buffer of transformers before 4.31
-            continue
-        layer = re.fullmatch(r"(vision_model|text_model)\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-        if layer is None:
-            transposed = name in _TRANSPOSED
-            converted[_TRANSPOSED.get(name) or _ELSEWHERE.get(name, name)] = tensor.T if transposed else tensor
-            continue
-        tower, number, part, kind = layer.groups()
-        block = f"{_TOWERS[tower]}.{number}"
-        if part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-            attention.setdefault(f"{block}.attn.in_proj_{kind}", {})[part[-6]] = tensor
-        else:
-            converted[f"{block}.{_OF_LAYER.get(part, part)}.{kind}"] = tensor
-    for name, parts in attention.items():
-        converted[name] = torch.cat([parts[part] for part in "qkv" if part in parts])
-    return converted
 
 
 def _read_config(folder: Path) -> CLIPConfig:
@@ -123,6 +85,21 @@ def _read_config(folder: Path) -> CLIPConfig:
         raise UserError(
             f"{folder / CONFIG_NAME} is no configuration of a {ARCHITECTURE} ({type(error).__name__}: {error})"
         ) from error
+
+
+def _check_patch_size(folder: Path, config: CLIPConfig, weights: Mapping[str, Tensor]) -> None:
+    """QuiltNet-B-16 was published with the patch size of QuiltNet-B-32 in its config.json."""
+    stated = config.vision_config.patch_size
+    kernel = weights.get("visual.conv1.weight")
+    if kernel is None or {stated} == set(kernel.shape[-2:]):
+        return
+    actual = kernel.shape[-1]
+    raise UserError(
+        f"{folder / CONFIG_NAME} says patch_size {stated}, but the weights beside it have patches of {actual} pixels "
+        f"(visual.conv1.weight {tuple(kernel.shape)}), as QuiltNet-B-16 was published; open_clip's files of the "
+        "same repository (open_clip_config.json, open_clip_pytorch_model.bin) are right and are taken where they lie "
+        f'in the folder too; or write "patch_size": {actual} into vision_config of {CONFIG_NAME}'
+    )
 
 
 def _quick_gelu(config: CLIPConfig, folder: Path) -> bool:
@@ -235,6 +212,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         index = folder / f"{name}.index.json"
         if index.is_file():  # in several files
             files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            if outside := [file for file in files if Path(file).name != file]:
+                raise UserError(f"{index} names {outside[0]}; weights lie beside it: get the folder anew")
             return {key: tensor for file in files for key, tensor in read_weights(folder / file).items()}
     raise UserError(f"{folder} holds no weights; it should contain one of {', '.join(WEIGHTS_NAMES)}")
 

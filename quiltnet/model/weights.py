@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from torch import Tensor, nn
 
 from quiltnet.errors import UserError
+from quiltnet.model.torchscript import is_torchscript, read_torchscript
 
 PACKAGE_PREFIX = "package:"
 
@@ -40,9 +41,17 @@ def resolve_path(location: str) -> Path:
     return path
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, from safetensors or from a pickle that holds nothing but tensors (``weights_only=True``)."""
+def read_weights(path: Path, *, torchscript: bool = False) -> dict[str, Tensor]:
+    """Tensors by name, from safetensors or from a pickle that holds nothing but tensors (``weights_only=True``).
+
+    Args:
+        torchscript: also from a TorchScript archive, which holds code; only for a file that the user named.
+    """
+    if is_torchscript(path) and not torchscript:
+        raise UserError(f"{path} is a TorchScript archive, which holds code; to open it, name that file itself")
     try:
+        if torchscript and is_torchscript(path):
+            return read_torchscript(path)
         return open_clip.factory.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen types for a file that is not theirs
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import open_clip
@@ -13,9 +14,11 @@ from torch import nn
 from transformers import MT5Config
 
 from quiltnet.errors import UserError
+from quiltnet.model.adapters import Tuning, apply_tuning
 from quiltnet.model.assembly import build_model
-from quiltnet.model.tower_blocks import parameter_layers, tower_blocks
+from quiltnet.model.tower_blocks import parameter_layers, projection_names, tower_blocks, towers
 from tests.model.towers import TINY_IMAGE, TINY_TEXT, TINY_VIT, bert_folder, tiny_model
+from tests.model.tuned import KINDS, model_of
 
 # Image tower -> blocks, and names of parameters of its embeddings and its head.
 NATIVE = {
@@ -37,11 +40,12 @@ def native(name: str) -> nn.Module:
         return open_clip.CLIP(**open_clip.get_model_config(name))
 
 
-def timm(name: str) -> nn.Module:
+def timm(name: str, **options: str) -> nn.Module:
     """That tower beside a native text tower of its own class."""
     vision = {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "linear"}
     if not name.startswith(("vit", "test_vit")):
         vision["timm_pool"] = "avg"
+    vision |= options
     with torch.device("meta"):
         return open_clip.CustomTextCLIP(embed_dim=16, vision_cfg=vision, text_cfg=TINY_TEXT)
 
@@ -122,6 +126,34 @@ def test_blocks_are_called_one_after_another(kind, tmp_path):
             block.register_forward_hook(lambda module, *_: called.append(module))
     model(torch.zeros(1, 3, size, size), torch.ones(1, 12, dtype=torch.int64))
     assert called == [block for blocks in model.tower_blocks().values() for block in blocks]
+
+
+@pytest.mark.parametrize(
+    ("clip", "image", "text"),
+    [
+        (lambda: native("ViT-B-32"), {"proj"}, {"text_projection"}),
+        (lambda: native("RN50"), {"attnpool.c_proj.weight", "attnpool.c_proj.bias"}, {"text_projection"}),
+        (lambda: timm("convnext_atto"), {"head.proj.weight"}, {"text_projection"}),
+        (lambda: timm("resnet18", timm_proj=""), {"trunk.fc.weight", "trunk.fc.bias"}, {"text_projection"}),
+        (lambda: timm("resnet18", timm_proj="none"), set(), {"text_projection"}),
+    ],
+)
+def test_projections(clip, image, text):
+    found = towers(clip())
+    assert projection_names(found["image"]) == image and projection_names(found["text"]) == text
+
+
+def test_adapters_are_of_the_layer_they_are_in(tmp_path):
+    for kind in KINDS:
+        model = model_of(kind, tmp_path)
+        plain = model.parameter_layers()
+        apply_tuning(model, Tuning(image="lora", text="lora"))
+        found = model.parameter_layers()
+        of_weight = {name.replace(".base_layer", ""): place for name, place in found.items() if ".lora_" not in name}
+        assert of_weight == plain
+        for name, place in found.items():
+            weight = re.sub(r"\.lora_[AB]\.default", "", name).replace(".base_layer", "")
+            assert place == plain.get(weight, plain.get(weight.replace("attn.weight", "attn.in_proj_weight")))
 
 
 def test_a_tower_without_recognisable_blocks_is_named():
