@@ -127,15 +127,20 @@ def _count(model: nn.Module, encode: Callable[[], Tensor]) -> int:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Training mode inside: dropped patches are not computed, and BatchNorm's statistics may move."""
-    was_training = model.training
+    """Training mode inside: dropped patches are not computed, and BatchNorm's statistics may move.
+
+    A frozen tower is in eval mode even so, where torch's attention takes one fused call that no formula counts.
+    """
+    was_training, was_fused = model.training, torch.backends.mha.get_fastpath_enabled()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(list(devices)):
         model.train()
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(was_fused)
             model.train(was_training)
             with torch.no_grad():
                 for name, buffer in model.named_buffers():

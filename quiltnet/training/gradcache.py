@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.profiler import record_function
 
 from quiltnet.errors import UserError
 from quiltnet.training.random_state import random_state, restore_random_state
+from quiltnet.training.stage import stage
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +50,11 @@ def cached_backward(
         What the objective gave, and the features of all B rows; both detached.
     """
     chunks = _split(inputs, micro_batch_size, len(inputs[0]))
-    with record_function("quiltnet.forward"):
+    with stage("forward"):
         features, states = _encode(model, accelerator, chunks)
-    with record_function("quiltnet.loss"):
+    with stage("loss"):
         values, gradients = _differentiate(objective, features)
-    with record_function("quiltnet.backward"):
+    with stage("backward"):
         after = random_state(accelerator.device)
         chunk_gradients = _split(gradients, micro_batch_size, len(inputs[0]))
         for number, (chunk, gradient, state) in enumerate(zip(chunks, chunk_gradients, states, strict=True), start=1):

@@ -10,12 +10,19 @@ from typing import Any
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from quiltnet.distributed import world_size
 from quiltnet.errors import UserError
 from quiltnet.training.parameter_groups import parameter_groups
 
 # CLIP's (Radford et al. 2021, table 19); torch's own are meant for smaller batches.
-_DEFAULTS = {"adamw": {"betas": (0.9, 0.98), "eps": 1e-6}}
+_DEFAULTS = {
+    "adamw": {"betas": (0.9, 0.98), "eps": 1e-6},
+    # Drawn from torch's generator, in which ranks differ, its random probes would let the weights of ranks drift apart.
+    **{name: {"deterministic": True} for name in ("kron", "kronc", "kronw")},
+}
 # Arguments of the classes that are not options: what the groups hold.
 _GIVEN = {"self", "params", "lr", "weight_decay"}
 # Where torch's one-kernel AdamW was tried; elsewhere torch chooses.
@@ -31,6 +38,7 @@ def build_optimizer(
     layer_decay: float = 1.0,
     image_lr_factor: float = 1.0,
     text_lr_factor: float = 1.0,
+    projection_lr_factor: float = 1.0,
     logit_scale_lr_factor: float = 1.0,
     **options: Any,
 ) -> torch.optim.Optimizer:
@@ -59,6 +67,7 @@ def build_optimizer(
         layer_decay=layer_decay,
         image_lr_factor=image_lr_factor,
         text_lr_factor=text_lr_factor,
+        projection_lr_factor=projection_lr_factor,
         logit_scale_lr_factor=logit_scale_lr_factor,
         matrices_apart="muon" in name,
     )
@@ -70,6 +79,39 @@ def build_optimizer(
         raise UserError(f"the optimiser {name} cannot be built with {settings} ({error})") from error
     optimizer.register_load_state_dict_pre_hook(_check_loaded)
     return optimizer
+
+
+def check_sharded(optimizer: torch.optim.Optimizer, device: torch.device) -> None:  # all ranks
+    """Find out on small layers whether an optimiser can update sharded weights, which many of timm's cannot.
+
+    A kernel, a matrix, vectors, and a scalar that stays whole as ``logit_scale`` does.
+
+    Args:
+        optimizer: of ``build_optimizer``, before its first step.
+
+    Raises:
+        UserError: it cannot.
+    """
+    width = 8 * world_size()
+    layers = nn.Sequential(nn.Conv2d(3, width, 2), nn.Flatten(), nn.Linear(width, width)).to(device)
+    fully_shard(layers, mesh=init_device_mesh(device.type, (world_size(),)))
+    scale = nn.Parameter(torch.ones((), device=device))
+    known = inspect.signature(type(optimizer)).parameters
+    settings = {name: value for name, value in optimizer.defaults.items() if name in known}
+    first, last = (
+        {name: value for name, value in optimizer.param_groups[at].items() if name != "param_names"} for at in (0, -1)
+    )
+    groups = [{**first, "params": list(layers.parameters())}, {**last, "params": [scale]}]
+    try:
+        probe = type(optimizer)(groups, **settings)
+        (scale * layers(torch.ones(2, 3, 2, 2, device=device))).square().sum().backward()
+        probe.step()
+    except Exception as error:  # whatever an operation on sharded tensors is refused with
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"the optimiser {type(optimizer).__name__} cannot update sharded weights ({reason}); use placement=ddp, or "
+            "an optimiser that can: adamw, lion, sgd"
+        ) from error
 
 
 def skip_if(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:

@@ -36,6 +36,7 @@ class _Member(NamedTuple):
     tower: str
     layer: int
     layers: int
+    apart: bool  # a projection whose rate is not that of the rest of the head
 
 
 def parameter_groups(
@@ -46,6 +47,7 @@ def parameter_groups(
     layer_decay: float = 1.0,
     image_lr_factor: float = 1.0,
     text_lr_factor: float = 1.0,
+    projection_lr_factor: float = 1.0,
     logit_scale_lr_factor: float = 1.0,
     matrices_apart: bool = False,
 ) -> list[dict[str, Any]]:
@@ -54,6 +56,7 @@ def parameter_groups(
     A parameter learns at lr * factor of its tower * layer_decay ** (layers - layer), so projections learn at full rate
     and embeddings slowest (Clark et al. 2020, arXiv 2003.10555; Bao et al. 2021, arXiv 2106.08254). The rates stand in
     the groups' ``lr``, where every schedule finds them; timm's ``lr_scale`` is read by timm's schedulers only.
+    Parameters that do not train are in no group; adapters are of the layer that they are in.
 
     Weight decay pulls towards zero, which means nothing for a norm's gain, a bias, ``logit_scale`` or a position
     embedding: vectors, scalars and the names in ``model.no_weight_decay()`` are left alone, whatever they are called.
@@ -62,6 +65,8 @@ def parameter_groups(
         model: a ContrastiveModel; another module has neither towers nor layers, and its groups are ``decay`` and
             ``no_decay``.
         image_lr_factor, text_lr_factor, logit_scale_lr_factor: the last is of ``logit_scale`` and ``logit_bias``.
+        projection_lr_factor: of both towers' projections into the joint space, beside the factor of the tower: a
+            projection that is new has more to learn than what is pretrained.
         matrices_apart: groups of the blocks' matrices, with ``use_fallback`` set on all others, as timm's Muon reads it
             (by shape alone it would take token and position embeddings too).
 
@@ -69,14 +74,19 @@ def parameter_groups(
         Groups for any torch optimiser, with ``name`` and named parameters.
     """
     factors = {"image": image_lr_factor, "text": text_lr_factor, "": logit_scale_lr_factor}
+    projections = model.projection_names() if projection_lr_factor != 1 and hasattr(model, "projection_names") else ()
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     places: Layers = model.parameter_layers() if hasattr(model, "parameter_layers") else {}
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    members = [_Member(name, parameter, *places.get(name, ("model", 1, 1))) for name, parameter in trained]
-    _check(members, factors, layer_decay, matrices_apart)
+    members = [
+        _Member(name, parameter, *places.get(name, ("model", 1, 1)), apart=name in projections)
+        for name, parameter in trained
+    ]
+    _check(members, {**factors, "projection": projection_lr_factor}, layer_decay, matrices_apart)
     groups: dict[_Setting, list[_Member]] = {}
     for member in members:
         rate = lr * factors.get(member.tower, 1.0) * layer_decay ** (member.layers - member.layer)
+        rate *= projection_lr_factor if member.apart else 1.0
         groups.setdefault(_Setting(_kind(member, exempt, matrices_apart), rate), []).append(member)
     kinds = ("matrices", "decay", "no_decay")
     return [
@@ -105,12 +115,16 @@ def describe_groups(groups: Sequence[Mapping[str, Any]]) -> list[GroupRow]:
     ]
 
 
-def group_table(groups: Sequence[Mapping[str, Any]]) -> str:
-    """``describe_groups`` as text, with a line of sums."""
+def group_table(groups: Sequence[Mapping[str, Any]], model: nn.Module | None = None) -> str:
+    """``describe_groups`` as text, with a line of sums and, given the model, one of what is in no group."""
     rows = describe_groups(groups)
     lines = [("parameter group", "tensors", "parameters", "lr", "weight_decay")]
     lines += [(name, f"{n:,}", f"{size:,}", f"{lr:.3g}", f"{decay:g}") for name, n, size, lr, decay in rows]
     lines += [("all", f"{sum(row.tensors for row in rows):,}", f"{sum(row.parameters for row in rows):,}", "", "")]
+    if model is not None:
+        trained = {id(parameter) for group in groups for parameter in group["params"]}
+        frozen = [parameter.numel() for parameter in model.parameters() if id(parameter) not in trained]
+        lines += [("frozen", f"{len(frozen):,}", f"{sum(frozen):,}", "", "")]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
@@ -133,6 +147,8 @@ def _group_name(setting: _Setting, groups: Mapping[_Setting, list[_Member]], *, 
 
 
 def _place(member: _Member, by_layer: bool) -> str:
+    if member.apart:
+        return f"{member.tower}.projection"
     if not by_layer or not member.tower:
         return member.tower or "logit_scale"
     if member.layer in (0, member.layers):
@@ -140,12 +156,12 @@ def _place(member: _Member, by_layer: bool) -> str:
     return f"{member.tower}.block{member.layer}"
 
 
-def _order(member: _Member) -> tuple[bool, str, int]:
-    """``logit_scale`` last."""
-    return not member.tower, member.tower, member.layer
+def _order(member: _Member) -> tuple[bool, str, int, bool]:
+    """``logit_scale`` last, a projection behind the rest of its head."""
+    return not member.tower, member.tower, member.layer, member.apart
 
 
-def _first(members: Sequence[_Member]) -> tuple[bool, str, int]:
+def _first(members: Sequence[_Member]) -> tuple[bool, str, int, bool]:
     return min(map(_order, members))
 
 

@@ -121,6 +121,28 @@ def place(
     return model, optimizer
 
 
+def unwrap(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The model without DDP and autocast around it, for ``wrap_again``; as it is where there was no DDP."""
+    if not isinstance(model, DistributedDataParallel):
+        return model
+    return accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+
+def wrap_again(model: nn.Module, accelerator: Accelerator, placement: Placement) -> nn.Module:  # all ranks
+    """DDP around the parameters that train now: it leaves out those that did not when it was made.
+
+    Args:
+        model: from ``unwrap``; the caller has let go of the DDP that was around it, whose hooks go with it.
+    """
+    if placement.sharding == "fsdp" or world_size() == 1:
+        return model
+    accelerator.free_memory()  # it kept the earlier DDP, whose hooks would send gradients a second time
+    model = accelerator.prepare_model(model)
+    if placement.gradient_compression:
+        model.register_comm_hook(None, bf16_compress_hook)
+    return model
+
+
 def _shard(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:  # all ranks
     """torch's FSDP2, with the towers' blocks as units and a last one of what is around them.
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from quiltnet.distributed import world_size
 from quiltnet.errors import UserError
+from quiltnet.training.process_group import start_process_group
 
 log = logging.getLogger(__name__)
+
+# Of a collective. In an evaluation ranks may wait for one of them to fit a probe, which the 10 minutes that NCCL gives
+# would end; a step that hangs is found sooner, by the stall watch.
+_COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 # CPU instructions that multiply bfloat16; without them torch converts to float32 and back.
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -43,10 +50,14 @@ def build_accelerator(precision: str = "fp32", *, deterministic: bool = False, c
     # A sweep's next trial may ask for another precision; accelerate keeps the first one's for the process.
     AcceleratorState._reset_state()
     buckets = DistributedDataParallelKwargs(find_unused_parameters=deterministic, gradient_as_bucket_view=True)
+    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
+    start_process_group(dist.get_default_backend_for_device(device), _COLLECTIVE_TIMEOUT)
     # Without cpu=True on a machine that has only that, accelerate 1.15 starts the process group but leaves the model
     # unwrapped: the ranks would train apart, without a word.
     accelerator = Accelerator(
-        mixed_precision="no" if precision in ("fp32", "tf32") else precision, cpu=on_cpu, kwargs_handlers=[buckets]
+        mixed_precision="no" if precision in ("fp32", "tf32") else precision,
+        cpu=on_cpu,
+        kwargs_handlers=[buckets, InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
     )
     if accelerator.num_processes != world_size():
         raise RuntimeError(f"accelerate sees {accelerator.num_processes} processes, torch.distributed {world_size()}")

@@ -10,12 +10,14 @@ import torch
 from accelerate import Accelerator
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from timm.optim import kron
 from torch import nn
 
 from quiltnet.errors import UserError
-from quiltnet.training.optim import build_optimizer, skip_if
+from quiltnet.training.optim import build_optimizer, check_sharded, skip_if
 from tests.conftest import ROOT
 from tests.model.towers import tiny_model
+from tests.ranks import run_ranks
 
 CONFIGS = sorted(path.stem for path in (ROOT / "conf" / "optim").glob("*.yaml"))
 
@@ -23,7 +25,8 @@ CONFIGS = sorted(path.stem for path in (ROOT / "conf" / "optim").glob("*.yaml"))
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, *, bad: bool = False) -> None:
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        gradient = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = gradient if parameter.requires_grad else None
     if bad:
         next(model.parameters()).grad.view(-1)[0] = math.nan
     skip_if(optimizer, torch.tensor(bad))
@@ -126,6 +129,41 @@ def test_a_skipped_adamw_step_changes_nothing():
     torch.testing.assert_close(skipped.state_dict()["state"], taken.state_dict()["state"], rtol=0, atol=0)
 
 
+def test_what_kron_draws_is_the_same_on_every_rank(monkeypatch):
+    """Ranks seed torch's generator apart, for dropout."""
+    models = [small_model(), small_model()]
+    for seed, model in enumerate(models):
+        optimizer = build_optimizer(model, name="kron", lr=1e-2)
+        for function in ("_calc_A_and_conjB", "_q_terms", "_precond_grad"):
+            monkeypatch.setattr(optimizer, function, getattr(kron, function))  # not compiled, which takes a minute
+        torch.manual_seed(seed)
+        for _ in range(2):
+            one_step(model, optimizer)
+    torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=0, atol=0)
+
+
+def sharded_by(names: list[str]) -> dict[str, str]:
+    """What is said of each optimiser that is to update shards."""
+    said = {}
+    for name in names:
+        try:
+            check_sharded(build_optimizer(small_model(), name=name, lr=1e-3), torch.device("cpu"))
+            said[name] = "nothing"
+        except UserError as error:
+            said[name] = str(error)
+    return said
+
+
+@pytest.mark.slow
+def test_an_optimiser_that_cannot_update_shards_is_refused_on_all_ranks():
+    can, cannot = ["adamw", "lion", "sgd", "muon", "laprop"], ["lamb", "cadamw", "kron"]
+    first, second = run_ranks(sharded_by, 2, can + cannot)
+    assert first == second
+    assert [first[name] for name in can] == ["nothing"] * len(can)
+    for name in cannot:
+        assert "cannot update sharded weights" in first[name] and "use placement=ddp" in first[name]
+
+
 @pytest.mark.parametrize("name", ["lion", "muon", "sgd", "lamb"])
 def test_a_skipped_step_of_others_leaves_all_finite(name):
     model = small_model()
@@ -135,6 +173,24 @@ def test_a_skipped_step_of_others_leaves_all_finite(name):
     assert all(tensor.isfinite().all() for tensor in weights(model).values())
     state = optimizer.state_dict()["state"].values()
     assert all(torch.as_tensor(value).isfinite().all() for entry in state for value in entry.values())
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_what_waits_in_a_group_is_left_alone_and_begins_afresh(name):
+    """Neither decay nor moments, through skipped steps and taken ones; then as if the optimiser had just been built."""
+    model = small_model()
+    optimizer = build_optimizer(model, name=name, lr=1e-3)
+    waiting = model[2].requires_grad_(False)
+    before = weights(waiting)
+    for bad in (True, False):
+        one_step(model, optimizer, bad=bad)
+    torch.testing.assert_close(weights(waiting), before, rtol=0, atol=0)
+    assert not any(parameter in optimizer.state for parameter in waiting.parameters())
+    waiting.requires_grad_(True)
+    one_step(model, optimizer)
+    fresh = small_model()
+    one_step(fresh, build_optimizer(fresh, name=name, lr=1e-3))
+    torch.testing.assert_close(weights(waiting), weights(fresh[2]), rtol=0, atol=0)
 
 
 def test_a_step_that_is_not_bad_is_taken_unchanged():

@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from quiltnet.errors import UserError
+from quiltnet.model.adapters import Tuning, apply_tuning, freeze_waiting, waiting
 from quiltnet.model.assembly import build_model
+from quiltnet.training.engine import start_training, train_step
 from quiltnet.training.optim import build_optimizer
 from quiltnet.training.parameter_groups import describe_groups, group_table, parameter_groups
+from quiltnet.training.precision import build_accelerator
 from quiltnet.training.schedules import WarmupCosine
 from tests.model.towers import TINY_IMAGE, TINY_TEXT, TINY_VIT, bert_folder, tiny_model
 
@@ -70,6 +73,26 @@ def test_rates_differ_by_tower():
     assert {rate for name, rate in lr.items() if not name.startswith("clip.visual.")} == {0.25}
 
 
+def test_projections_have_a_rate_of_their_own(tmp_path):
+    lr = rates(tiny_model(), projection_lr_factor=10.0, text_lr_factor=0.5)
+    assert lr.pop("clip.visual.proj") == 10.0 and lr.pop("clip.text_projection") == 5.0
+    assert max(lr.values()) == 1.0
+    names = list(groups_of(tiny_model(), projection_lr_factor=10.0))
+    assert names == ["image+text/decay", "image.projection+text.projection/decay", "no_decay"]
+    names = list(groups_of(tiny_model(), projection_lr_factor=10.0, layer_decay=0.5))
+    assert "image.projection+text.projection/decay" in names and "image.block1+text.block1/decay" in names
+
+
+def test_adapters_learn_at_the_rate_of_their_layer():
+    model = build_model(image={**TINY_IMAGE, "layers": 2}, text=TINY_TEXT, embed_dim=16)
+    apply_tuning(model, Tuning(image="lora", text="frozen"))
+    lr = rates(model, layer_decay=0.5)
+    by_block = [{rate for name, rate in lr.items() if f"resblocks.{n}." in name} for n in range(2)]
+    assert by_block == [{0.25}, {0.5}] and lr["clip.visual.proj"] == 1.0
+    assert len(lr) == 2 * 8 + 2  # attention's two, c_fc and c_proj of two blocks; projection and logit_scale
+    assert groups_of(model, matrices_apart=True)["matrices"]["use_fallback"] is False
+
+
 def test_equal_settings_share_a_group_whose_name_says_who():
     assert list(groups_of(tiny_model(), text_lr_factor=0.5)) == [
         "image/decay", "text/decay", "image+logit_scale/no_decay", "text/no_decay",
@@ -88,20 +111,25 @@ def test_groups_are_the_same_every_time():
 
 
 def test_after_ten_steps_rates_still_differ_by_depth():
-    """A parameter's first-order distance is its rate: with gradients of one sign, AdamW moves all by lr a step."""
-    model = tiny_model()
+    """In the groups and in what moves: AdamW with gradients of one sign moves every weight by its rate a step."""
+    model = tiny_model().train()
     optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.0, layer_decay=0.5)
-    schedule = WarmupCosine(total_samples=80, warmup_samples=8)
+    state = start_training(
+        model,
+        optimizer,
+        WarmupCosine(total_samples=80, warmup_samples=8),
+        global_batch_size=4,
+        accelerator=build_accelerator("fp32", cpu=True),
+    )
     watched = ["clip.visual.conv1.weight", "clip.visual.transformer.resblocks.0.mlp.c_fc.weight", "clip.visual.proj"]
     parameters = dict(model.named_parameters())
     before = {name: parameters[name].detach().clone() for name in watched}
-    for step in range(10):
-        factor = schedule(step * 8, 8)
-        for group in optimizer.param_groups:  # as train_step does it
-            group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
+    for parameter in parameters.values():
+        parameter.register_hook(torch.ones_like)  # clipped alike
+    image = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    batch = SimpleNamespace(image=image, text=torch.ones(4, 12, dtype=torch.int64), second_image=None)
+    for _ in range(10):
+        train_step(state, batch, lambda features, _: {"loss": sum(part.sum() for part in features[:3])})
     lr = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
     assert lr[watched[1]] == pytest.approx(2 * lr[watched[0]]) and lr[watched[2]] == pytest.approx(4 * lr[watched[0]])
     moved = [(parameters[name] - before[name]).abs().mean().item() for name in watched]
@@ -135,6 +163,17 @@ def test_table_says_what_is_trained():
     assert lines[-1].split()[:2] == ["all", f"{len(list(tiny_model().parameters()))}"]
 
 
+def test_table_says_what_is_frozen():
+    model = tiny_model()
+    apply_tuning(model, Tuning(image="frozen", text_thaw_samples=8))
+    tower = [parameter.numel() for parameter in model.clip.visual.parameters()]
+    optimizer = build_optimizer(model, lr=1e-5)
+    freeze_waiting(model, waiting(model, Tuning(text_thaw_samples=8)), 0)  # what will train is not frozen
+    lines = group_table(optimizer.param_groups, model).splitlines()
+    assert lines[-1].split() == ["frozen", f"{len(tower)}", f"{sum(tower):,}"]
+    assert lines[-2].split()[1] == f"{len(list(model.parameters())) - len(tower)}"
+
+
 def without_blocks() -> nn.Module:
     model = tiny_model()
     model.clip.visual = nn.Linear(2, 2)
@@ -147,6 +186,7 @@ def without_blocks() -> nn.Module:
         ({"layer_decay": 0.0}, "layer_decay=0.0 must be greater than 0 and at most 1"),
         ({"layer_decay": 1.5}, "layer_decay=1.5 must be"),
         ({"text_lr_factor": 0.0}, "text_lr_factor=0.0 must be greater than 0"),
+        ({"projection_lr_factor": 0.0}, "projection_lr_factor=0.0 must be"),
         ({"logit_scale_lr_factor": -1.0}, "logit_scale_lr_factor=-1.0 must be"),
     ],
 )
