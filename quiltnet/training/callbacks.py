@@ -1,27 +1,27 @@
-"""What happens beside training: log, save, evaluate, account for broken samples."""
+"""What happens beside training: log and evaluate."""
 
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from quiltnet.distributed import all_gather_object, is_main, mean_over_ranks, on_main, world_size
+from quiltnet.distributed import is_main, mean_over_ranks, on_main, world_size
 from quiltnet.errors import UserError
-from quiltnet.training.checkpoint import checkpoint_path, save_checkpoint
+from quiltnet.training.averaging import AVERAGE_SUFFIX
 from quiltnet.training.data_statistics import DataStatistics
 from quiltnet.training.engine import Callback, Pairs, TrainState
 from quiltnet.training.flops import peak_memory_gib
-from quiltnet.training.loggers import LoggerGroup, cut_after
+from quiltnet.training.loggers import LoggerGroup
+from quiltnet.training.stopping import EvaluationCut
 
-# Below this many samples one broken file is no statistic.
-_SAMPLES_BEFORE_JUDGING = 1000
+log = logging.getLogger(__name__)
 
 
 class Outcome(Protocol):
@@ -85,7 +85,9 @@ class LogMetrics(Callback):
         device = state.accelerator.device
         names = sorted(self._steps[0])
         window = torch.stack([torch.stack([step[name].to(device).float() for name in names]) for step in self._steps])
-        means = dict(zip(names, mean_over_ranks(window.mean(0)).tolist(), strict=True))  # waits for the device
+        # A step that was skipped for a loss that is not finite has no part in the mean.
+        means_of_rank = torch.where(window.isfinite(), window, torch.nan).nanmean(0)
+        means = dict(zip(names, mean_over_ranks(means_of_rank).tolist(), strict=True))  # waits for the device
         elapsed_s = time.perf_counter() - self._start
         samples = len(self._steps) * state.global_batch_size
         waited_s = means.pop("data_wait_s") * len(self._steps)
@@ -109,123 +111,25 @@ class LogMetrics(Callback):
         self._steps = []
 
 
-class Quarantine(Callback):
-    """Counts broken samples by reason, lists their keys, and ends the run when they are too many.
-
-    Args:
-        every_samples: clocks at which to write down what was found; the checkpoint's must be among them, or a resumed
-            run would forget what lay in between.
-        max_fraction: of the samples seen; judged against 1,000 samples at least.
-        missing: number of samples that the manifest promised and a shard lacks, by shard.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        logger: LoggerGroup,
-        *,
-        every_samples: Sequence[int],
-        max_fraction: float,
-        missing: Mapping[str, int] | None = None,
-    ) -> None:
-        self.path = path
-        self.logger = logger
-        self.every_samples = every_samples
-        self.max_fraction = max_fraction
-        self.missing = dict(missing or {})
-        self.counts: Counter[str] = Counter()  # by reason, of samples that were drawn
-        self._pending: list[tuple[str, str]] = []
-
-    def fit_start(self, state: TrainState) -> None:
-        if state.samples_seen and is_main():
-            cut_after(self.path, state.samples_seen)
-        self.counts = on_main(self._recount)
-        recorded = self.counts.pop("missing_from_tar", 0)  # by the run that this one continues
-        if self.missing and not recorded:
-            self.logger.log({"data/missing_samples": sum(self.missing.values())}, state.samples_seen)
-            self._write(
-                [(shard, "missing_from_tar", count) for shard, count in self.missing.items()], state.samples_seen
-            )
-
-    def step_end(self, state: TrainState, batch: Pairs, metrics: dict[str, Tensor]) -> None:
-        self._pending += batch.rejected
-        if any(state.passed(every) for every in self.every_samples):
-            self._flush(state)
-
-    def fit_end(self, state: TrainState) -> None:
-        self._flush(state)
-
-    def _flush(self, state: TrainState) -> None:  # all ranks
-        found = [(key, reason, 1) for of_rank in all_gather_object(self._pending) for key, reason in of_rank]
-        self.counts.update(reason for _, reason, _ in found)
-        self._pending = []
-        self._write(found, state.samples_seen)
-        if not self.counts:
-            return
-        bad = sum(self.counts.values())
-        by_reason = {f"data/bad_samples_{reason}": n for reason, n in sorted(self.counts.items())}
-        self.logger.log({"data/bad_samples": bad, **by_reason}, state.samples_seen)
-        if bad > self.max_fraction * max(state.samples_seen, _SAMPLES_BEFORE_JUDGING):
-            raise UserError(
-                f"{bad} of {state.samples_seen} samples were broken ({dict(self.counts)}), more than "
-                f"max_bad_fraction={self.max_fraction}; their keys are in {self.path}"
-            )
-
-    def _write(self, found: Sequence[tuple[str, str, int]], samples_seen: int) -> None:
-        if not found or not is_main():
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            for key, reason, count in found:
-                row = {"samples_seen": samples_seen, "key": key, "reason": reason, "samples": count}
-                file.write(json.dumps(row) + "\n")
-
-    def _recount(self) -> Counter[str]:
-        counts: Counter[str] = Counter()
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                counts[json.loads(line)["reason"]] += 1
-        return counts
-
-
-class SaveCheckpoint(Callback):
-    """A checkpoint every so many samples and at the end; the newest ``keep`` stay."""
-
-    def __init__(self, root: Path, every_samples: int, keep: int = 2) -> None:
-        self.root = root
-        self.every_samples = every_samples
-        self.keep = keep
-        self._saved_at = -1
-
-    def fit_start(self, state: TrainState) -> None:
-        if on_main(lambda: checkpoint_path(self.root, state.samples_seen).exists()):  # a finished run, resumed
-            self._saved_at = state.samples_seen
-
-    def step_end(self, state: TrainState, batch: Pairs, metrics: dict[str, Tensor]) -> None:
-        if state.passed(self.every_samples):
-            self._save(state)
-
-    def fit_end(self, state: TrainState) -> None:
-        if self._saved_at != state.samples_seen:
-            self._save(state)
-
-    def _save(self, state: TrainState) -> None:  # all ranks
-        saved = state.state_dict()
-        if is_main():
-            save_checkpoint(self.root, saved, keep=self.keep)
-        self._saved_at = state.samples_seen
-
-
 class Evaluate(Callback):
     """Measures the model before the first step, every so many samples, and at the end.
 
-    Metric names are ``evaluator/metric``. ``results.json`` keeps the first and the newest numbers side by side, the
-    newest outcomes whole, and what each evaluator says of its data.
+    Metric names are ``evaluator/metric``. Where the run keeps an average of its weights, that is measured too, at the
+    same cost again, as ``evaluator@ema/metric``. ``results.json`` keeps the first and the newest numbers side by side,
+    the newest outcomes whole, and what each evaluator says of its data; also the numbers of the best weights, where
+    ``measure_best`` was called.
+
+    An evaluation that was cut short, because the run is to stop, leaves no trace; the run that goes on from the
+    checkpoint of that moment makes it first (``was_owed``).
 
     Args:
-        measure: model -> outcome of each evaluator, the same on all ranks; called by all of them.
+        measure: model -> outcome of each evaluator, the same on all ranks; called by all of them. It may raise
+            ``EvaluationCut``.
         evaluators: what each evaluator says of its data and choices, by name.
         monitor: ``evaluator/metric`` that has to be among the numbers.
     """
+
+    stage: ClassVar[str] = "evaluation"
 
     def __init__(
         self,
@@ -247,7 +151,11 @@ class Evaluate(Callback):
         self.last: dict[str, float] = {}
         self.start_outcomes: Mapping[str, Outcome] = {}  # empty in a run that was resumed
         self.last_outcomes: Mapping[str, Outcome] = {}
+        self.best: dict[str, Any] = {}  # samples_seen and scores of the best checkpoint, once the run has ended
+        self.best_outcomes: Mapping[str, Outcome] = {}
+        self.was_owed = False
         self._evaluated_at = -1
+        self._outcomes_as_json: dict[str, Any] = {}
 
     def fit_start(self, state: TrainState) -> None:
         if state.samples_seen == 0:
@@ -255,41 +163,85 @@ class Evaluate(Callback):
             self.start_outcomes = self.last_outcomes
             return
         kept = on_main(lambda: _read_json(self.results))
-        self.start, self.last = kept.get("start", {}), kept.get("last", {})
+        self.start, self.last, self.best = (kept.get(name, {}) for name in ("start", "last", "best"))
         if not self.start:  # continues from another run's checkpoint
             self._evaluate(state)
         elif kept["samples_seen"] == state.samples_seen:
-            self._evaluated_at = state.samples_seen
+            self._evaluated_at, self._outcomes_as_json = state.samples_seen, kept.get("outcomes", {})
+        elif kept["samples_seen"] < state.samples_seen and self._is_due(state):
+            self.was_owed = True
+            self._evaluate(state)
 
     def step_end(self, state: TrainState, batch: Pairs, metrics: dict[str, Tensor]) -> None:
-        if self.every_samples is not None and state.passed(self.every_samples):
+        if self._is_due(state):
             self._evaluate(state)
 
     def fit_end(self, state: TrainState) -> None:
         if self._evaluated_at != state.samples_seen:
             self._evaluate(state)
 
+    @property
+    def final(self) -> dict[str, float]:
+        """The numbers that the run is judged by: the best weights' where they were measured, else the newest."""
+        return self.best["scores"] if self.best else self.last
+
+    @property
+    def final_outcomes(self) -> Mapping[str, Outcome]:
+        return self.best_outcomes if self.best else self.last_outcomes
+
+    def measure_best(self, state: TrainState, samples_seen: int) -> None:  # all ranks
+        """Put the numbers of the weights that the model holds now, those of ``samples_seen``, into the results."""
+        try:
+            self.best_outcomes = self._measure(state)
+        except EvaluationCut:
+            return
+        self.best = {"samples_seen": samples_seen, "scores": flat_scores(self.best_outcomes)}
+        self._write()
+
+    def _is_due(self, state: TrainState) -> bool:
+        return self.every_samples is not None and state.passed(self.every_samples)
+
+    def _measure(self, state: TrainState) -> dict[str, Outcome]:  # all ranks
+        outcomes = dict(self.measure(state.unwrapped))
+        if state.average is not None:
+            averaged = self.measure(state.average.module)
+            outcomes |= {f"{name}{AVERAGE_SUFFIX}": outcome for name, outcome in averaged.items()}
+        return outcomes
+
     def _evaluate(self, state: TrainState) -> None:  # all ranks
         if not self.evaluators:
             return
-        outcomes = self.measure(state.unwrapped)
+        try:
+            outcomes = self._measure(state)
+        except EvaluationCut:
+            return
         numbers = flat_scores(outcomes)
         if self.monitor is not None and self.monitor not in numbers:
             raise UserError(f"monitor={self.monitor} is not among what the evaluators measure: {', '.join(numbers)}")
         self.start, self.last, self.last_outcomes = self.start or numbers, numbers, outcomes
+        self.best = {}  # training has gone on
         self._evaluated_at = state.samples_seen
+        self._outcomes_as_json = {name: outcome.as_json() for name, outcome in outcomes.items()}
         self.logger.log(numbers, state.samples_seen)
-        if is_main():
-            content = {
-                "samples_seen": state.samples_seen,
-                "start": self.start,
-                "last": self.last,
-                "outcomes": {name: outcome.as_json() for name, outcome in outcomes.items()},
-                "evaluators": self.evaluators,
-            }
-            temporary = self.results.with_suffix(".tmp")
+        self._write()
+
+    def _write(self) -> None:
+        if not is_main():
+            return
+        content = {
+            "samples_seen": self._evaluated_at,
+            "start": self.start,
+            "last": self.last,
+            **({"best": self.best} if self.best else {}),
+            "outcomes": self._outcomes_as_json,
+            "evaluators": self.evaluators,
+        }
+        temporary = self.results.with_suffix(".tmp")
+        try:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             temporary.rename(self.results)
+        except OSError as error:  # a full disk: whether training goes on is for the saving of checkpoints to say
+            log.warning("%s could not be written (%s); the numbers are in the log", self.results, error)
 
 
 def flat_scores(outcomes: Mapping[str, Outcome]) -> dict[str, float]:

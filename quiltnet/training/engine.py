@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.profiler import record_function
 
-from quiltnet.distributed import all_gather_object, rank
+from quiltnet.distributed import all_gather_object, barrier, rank
+from quiltnet.training.averaging import Averaging, WeightAverage, check_averaging
 from quiltnet.training.full_state import full_optimizer_state, full_weights, load_optimizer_state, load_weights
 from quiltnet.training.gradcache import cached_backward
+from quiltnet.training.gradients import check_gradients, clip_gradients
 from quiltnet.training.optim import skip_if
 from quiltnet.training.placement import Placement, place
 from quiltnet.training.precision import build_accelerator
 from quiltnet.training.random_state import random_state, restore_random_state
+from quiltnet.training.stage import stage
+from quiltnet.training.stopping import RunStopped, Stopping
+
+log = logging.getLogger(__name__)
 
 Schedule = Callable[[int, int], float]
 
@@ -47,6 +51,10 @@ class TrainState:
     """Everything that moves during a run; nothing that moves lives elsewhere.
 
     The loader needs no state of its own: its position is ``samples_seen``.
+
+    Attributes:
+        average: the moving average of the weights, where the run keeps one.
+        is_complete: a callback has found that there is nothing left to train.
     """
 
     model: nn.Module
@@ -55,6 +63,8 @@ class TrainState:
     accelerator: Accelerator
     global_batch_size: int
     samples_seen: int = 0
+    average: WeightAverage | None = None
+    is_complete: bool = False
 
     @property
     def step(self) -> int:
@@ -73,8 +83,10 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:  # all ranks
         """Weights, optimiser, clock, and the random generators of every rank (dropout draws from them)."""
+        average = {} if self.average is None else {"average": full_weights(self.average.module)}
         return {
             "weights": full_weights(self.model),
+            **average,
             "optimizer": full_optimizer_state(self.model, self.optimizer),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             "samples_seen": self.samples_seen,
@@ -83,6 +95,7 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # all ranks
         load_weights(self.model, state["weights"])
+        self._load_average(state.get("average"))
         load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -91,18 +104,39 @@ class TrainState:
         if rank() < len(state["random"]):
             restore_random_state(state["random"][rank()], self.accelerator.device)
 
+    def _load_average(self, weights: dict[str, Tensor] | None) -> None:
+        if self.average is None:
+            if weights is not None:
+                log.warning("the checkpoint's averaged weights are left behind: this run keeps no average")
+        elif weights is None:
+            log.warning("the checkpoint has no averaged weights: the average begins with its weights")
+            self.average.restart(self.unwrapped)
+        else:
+            load_weights(self.average.module, weights)
+
 
 class Callback:
     """``fit_start -> (train_step -> step_end) * -> fit_end``; a callback must not change the course of training.
 
-    ``PatchDropping`` is a part of it, as the schedule is.
+    ``PatchDropping`` is a part of it, as the schedule is. A run that is asked to stop ends after a step with
+    ``run_stopped`` in place of ``fit_end``: what is not on the disk by then is lost. ``close`` is called at last,
+    however the run ended, by errors too and perhaps on this rank alone: it neither communicates nor raises.
+
+    Attributes:
+        stage: what the process is at in here, as ``quiltnet.training.stage`` has it.
     """
+
+    stage: ClassVar[str] = "callbacks"
 
     def fit_start(self, state: TrainState) -> None: ...
 
     def step_end(self, state: TrainState, batch: Pairs, metrics: dict[str, Tensor]) -> None: ...
 
     def fit_end(self, state: TrainState) -> None: ...
+
+    def run_stopped(self, state: TrainState) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def start_training(
@@ -113,14 +147,25 @@ def start_training(
     global_batch_size: int,
     accelerator: Accelerator | None = None,
     placement: Placement | None = None,
+    averaging: Averaging | None = None,
 ) -> TrainState:
     """Place model and optimiser where they belong. Neither loader nor schedule are accelerate's business.
 
     A prepared loader would be dispatched from rank 0, a prepared schedule stepped once a rank.
+
+    Args:
+        averaging: keep a moving average of the weights.
     """
-    accelerator = accelerator or build_accelerator()
-    model, optimizer = place(model, optimizer, accelerator, placement or Placement())
-    return TrainState(model, optimizer, schedule, accelerator, global_batch_size)
+    accelerator, placement = accelerator or build_accelerator(), placement or Placement()
+    average = None
+    if averaging is not None:
+        check_averaging(averaging, placement.sharding)
+        average = WeightAverage(model, averaging)
+    model, optimizer = place(model, optimizer, accelerator, placement)
+    state = TrainState(model, optimizer, schedule, accelerator, global_batch_size, average=average)
+    if average is not None:
+        average.restart(state.unwrapped)  # with what all ranks have begun with
+    return state
 
 
 def train_step(
@@ -157,9 +202,10 @@ def train_step(
         values, features = cached_backward(state.model, state.accelerator, inputs, measure, micro_batch_size)
     towers = torch.stack([features.image_features.isfinite().all(), features.text_features.isfinite().all()])
     metrics = {**values, "logit_scale": features.logit_scale.detach(), "finite_features": towers.all()}
-    with record_function("quiltnet.clip"):
-        metrics["grad_norm"] = _clip(state, max_grad_norm)
-    with record_function("quiltnet.optimizer"):
+    check_gradients(state.unwrapped)
+    with stage("clip"):
+        metrics["grad_norm"] = clip_gradients(state.model, state.optimizer, state.accelerator, max_grad_norm)
+    with stage("optimizer"):
         metrics["finite_step"] = _update(state, metrics["loss"], metrics["grad_norm"])
     state.samples_seen += state.global_batch_size
     return metrics
@@ -168,41 +214,27 @@ def train_step(
 def _backward(
     state: TrainState, inputs: tuple[Tensor | None, ...], measure: Callable[[Any], dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor], Any]:
-    with record_function("quiltnet.forward"):
+    with stage("forward"):
         features = state.model(*inputs)
-    with record_function("quiltnet.loss"):
+    with stage("loss"):
         values = measure(features)
-    with record_function("quiltnet.backward"):
+    with stage("backward"):
         state.accelerator.backward(values["loss"])
     return {name: value.detach() for name, value in values.items()}, features
 
 
-def _clip(state: TrainState, max_grad_norm: float | None) -> Tensor:  # all ranks
-    """The norm of the gradients over all parameters, before they are scaled down to ``max_grad_norm``."""
-    state.accelerator.unscale_gradients(state.optimizer)
-    trained = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
-    # Under FSDP scalars are whole where all else is sharded, and no operation takes both.
-    sharded = [parameter for parameter in trained if isinstance(parameter, DTensor)]
-    whole = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
-    norms = [get_total_norm([parameter.grad for parameter in part]) for part in (sharded, whole) if part]
-    norm = torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).norm()
-    if max_grad_norm is not None:
-        clip_grads_with_norm_(sharded, max_grad_norm, norm)
-        clip_grads_with_norm_(whole, max_grad_norm, norm)
-    return norm
-
-
 def _update(state: TrainState, loss: Tensor, grad_norm: Tensor) -> Tensor:
-    """Whether the step was taken, on the device."""
-    finite = loss.isfinite() & grad_norm.isfinite()
-    if state.accelerator.scaler is None:  # which skips overflowing steps itself, and they are in order
-        skip_if(state.optimizer.optimizer, ~finite)
-    else:
-        finite = loss.isfinite()
+    """Whether the step was finite, on the device."""
+    taken = loss.isfinite() & grad_norm.isfinite()
+    if state.accelerator.scaler is None:
+        skip_if(state.optimizer.optimizer, ~taken)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.unwrapped.clamp_logit_scale()
-    return finite
+    if state.average is not None:
+        state.average.update(state.unwrapped, state.step + 1, taken)
+    # The scaler skips steps whose gradients overflow by itself, and they are in order.
+    return taken if state.accelerator.scaler is None else loss.isfinite()
 
 
 def fit(
@@ -214,23 +246,50 @@ def fit(
     total_samples: int,
     max_grad_norm: float | None = 1.0,
     micro_batch_size: int | None = None,
+    stopping: Stopping | None = None,
 ) -> None:
-    """Train until ``total_samples`` pairs were seen over all ranks. ``batches`` never end; the clock ends the run."""
+    """Train until ``total_samples`` pairs were seen over all ranks. ``batches`` never end; the clock ends the run.
+
+    Args:
+        stopping: looked at before each step; None: nobody can ask the run to stop.
+
+    Raises:
+        RunStopped: the run was asked to stop, and has saved what it has.
+    """
     state.model.train()
+    try:
+        _call(callbacks, "fit_start", state)
+        while state.samples_seen < total_samples and not state.is_complete:
+            with stage("stopping"):
+                if stopping is not None and stopping.agreed():
+                    _leave(state, callbacks, stopping)
+            asked = time.perf_counter()
+            with stage("data"):
+                batch = next(batches)
+            waited_s = time.perf_counter() - asked
+            metrics = train_step(
+                state, batch, objective, max_grad_norm=max_grad_norm, micro_batch_size=micro_batch_size
+            )
+            metrics["data_wait_s"] = torch.tensor(waited_s)
+            metrics["step_s"] = torch.tensor(time.perf_counter() - asked)
+            _call(callbacks, "step_end", state, batch, metrics)
+        _call(callbacks, "fit_end", state)
+        if stopping is not None and stopping.owes_evaluation:
+            _leave(state, callbacks, stopping)
+    finally:
+        _call(callbacks, "close")
+
+
+def _call(callbacks: Sequence[Callback], hook: str, *arguments: Any) -> None:
     for callback in callbacks:
-        callback.fit_start(state)
-    while state.samples_seen < total_samples:
-        asked = time.perf_counter()
-        with record_function("quiltnet.data"):
-            batch = next(batches)
-        waited_s = time.perf_counter() - asked
-        metrics = train_step(state, batch, objective, max_grad_norm=max_grad_norm, micro_batch_size=micro_batch_size)
-        metrics["data_wait_s"] = torch.tensor(waited_s)
-        metrics["step_s"] = torch.tensor(time.perf_counter() - asked)
-        for callback in callbacks:
-            callback.step_end(state, batch, metrics)
-    for callback in callbacks:
-        callback.fit_end(state)
+        with stage(callback.stage):
+            getattr(callback, hook)(*arguments)
+
+
+def _leave(state: TrainState, callbacks: Sequence[Callback], stopping: Stopping) -> NoReturn:  # all ranks
+    _call(callbacks, "run_stopped", state)
+    barrier()  # torchrun ends all ranks as soon as one has ended, and rank 0 may still be writing
+    raise RunStopped(stopping.exit_code)
 
 
 def seed_everything(seed: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from quiltnet.distributed import is_main, rank, world_size
 from quiltnet.errors import UserError
+
+_NOT_TRAINED = "the checkpoint's optimiser did not train {}, this run does; begin a new run"
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:  # all ranks
@@ -27,10 +31,23 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:  # all ranks
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:  # all ranks
-    """Args: the model as ``place`` left it, and on every rank all that ``full_weights`` gave rank 0."""
+    """Take up what ``full_weights`` gave rank 0.
+
+    Args:
+        model: as ``place`` left it.
+        weights: all of them, on every rank.
+
+    Raises:
+        UserError: they are another model's.
+    """
     clip = _unsharded_root(model).clip
     own = clip.state_dict()
-    clip.load_state_dict({name: _part_of(whole, own.get(name)) for name, whole in weights.items()})
+    parts = {name: _part_of(whole, own.get(name)) for name, whole in weights.items()}
+    try:
+        clip.load_state_dict(parts)
+    except RuntimeError as error:  # names that are missing or not known, and shapes
+        what = " ".join(str(error).split())[:300]
+        raise UserError(f"the checkpoint is of another model than this run's: {what}") from error
 
 
 def full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:  # all ranks
@@ -46,7 +63,7 @@ def full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         for number, name in zip(group["params"], names_of_group, strict=True):
             values = {key: _gather(value) for key, value in packed["state"].get(number, {}).items()}
             state[name] = {key: value for key, value in values.items() if value is not None}
-    return {"state": state, "param_groups": groups}
+    return {**packed, "state": state, "param_groups": groups}
 
 
 def load_optimizer_state(
@@ -54,35 +71,73 @@ def load_optimizer_state(
 ) -> None:  # all ranks
     """Take up what ``full_optimizer_state`` gave rank 0, whatever the placement it came from.
 
-    A state of an earlier version, which has numbers in place of names, is taken up where nothing is sharded.
-
     Raises:
         UserError: the state is of other parameters.
     """
     packed = optimizer.state_dict()
-    if any(isinstance(name, int) for group in saved["param_groups"] for name in group["params"]):
-        _load_numbered(model, optimizer, saved)
-        return
     group_of = {name: group for group in saved["param_groups"] for name in group["params"]}
     state, groups = {}, []
     names = _names_by_group(model, optimizer)
     for live, group, names_of_group in zip(optimizer.param_groups, packed["param_groups"], names, strict=True):
         unknown = next((name for name in names_of_group if name not in group_of), None)
         if unknown is not None:
-            raise UserError(f"the checkpoint's optimiser did not train {unknown}, this run does; begin a new run")
+            raise UserError(_NOT_TRAINED.format(unknown))
         groups.append({**group, **group_of[names_of_group[0]], "params": group["params"]})
         for number, name, parameter in zip(group["params"], names_of_group, live["params"], strict=True):
             if saved["state"].get(name):
                 state[number] = {key: _part_of(value, parameter) for key, value in saved["state"][name].items()}
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
 
 
-def _load_numbered(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    if isinstance(model, FSDPModule):
-        raise UserError("this checkpoint is of an earlier version, whose optimiser state cannot be sharded; use ddp")
-    if [len(g["params"]) for g in saved["param_groups"]] != [len(g["params"]) for g in optimizer.param_groups]:
-        raise UserError("this checkpoint is of an earlier version, which grouped parameters otherwise; begin a new run")
-    optimizer.load_state_dict(saved)
+def check_fits(
+    model: nn.Module, optimizer: torch.optim.Optimizer, shapes: Mapping[str, tuple[int, ...]], trained: Collection[str]
+) -> None:
+    """Before anything is placed or loaded.
+
+    Args:
+        model, optimizer: as they were built.
+        shapes: of the saved weights, under the names of ``full_weights``.
+        trained: names of the parameters whose optimiser state was saved.
+
+    Raises:
+        UserError: they are of another model, or the optimiser trains more than was trained.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in model.clip.state_dict().items()}
+    differing = sorted(name for name in own.keys() | shapes.keys() if own.get(name) != shapes.get(name))
+    if differing:
+        shown = ", ".join(
+            f"{name} {shapes.get(name, 'absent')} then, {own.get(name, 'absent')} now" for name in differing[:3]
+        )
+        raise UserError(
+            f"the checkpoint is of another model than this run's: {len(differing)} weights differ ({shown}); give the "
+            "model and tuning of the first start, or begin a new run with model=start"
+        )
+    unknown = [name for names in _names_by_group(model, optimizer) for name in names if name not in trained]
+    if unknown:
+        raise UserError(_NOT_TRAINED.format(unknown[0]))
+
+
+def with_settings_of(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved optimiser state with the groups and settings (rates, decay, betas) of an optimiser that is new.
+
+    What an optimiser's class does not take as an argument is no setting, but state: Prodigy's estimate of its rate,
+    say, which is kept among them.
+
+    Args:
+        optimizer: not accelerate's wrapper, but its ``optimizer``; no step was made.
+        saved: of ``full_optimizer_state``.
+    """
+    settings = {*inspect.signature(type(optimizer).__init__).parameters, "lr", "weight_decay", "base_lr"}
+    group_of = {name: group for group in saved["param_groups"] for name in group["params"]}
+    groups = []
+    for live, names in zip(optimizer.param_groups, _names_by_group(model, optimizer), strict=True):
+        moved = {
+            key: value
+            for key, value in group_of.get(names[0], {}).items()
+            if key not in settings and (key in optimizer.defaults or key not in live)
+        }
+        groups.append({**live, **moved, "params": [name for name in names if name in group_of]})
+    return {**saved, "param_groups": groups}
 
 
 def _unsharded_root(model: nn.Module) -> nn.Module:

@@ -2,6 +2,9 @@
 
 A logger has ``log(metrics, samples_seen)`` and ``close()``, and lives on rank 0 only. Those that a config names are
 made, and refuse what they cannot do, before the run directory exists; ``start`` opens them in it.
+
+What leaves the machine has no secrets in it, and, unless the run was given ``share_samples=true``, numbers only: no
+captions, no tiles, no names of files.
 """
 
 from __future__ import annotations
@@ -9,17 +12,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import wandb
 
 from quiltnet.errors import UserError
+from quiltnet.redaction import hide_places, redact_config
+from quiltnet.whole_files import write_whole
 
 Metrics = Mapping[str, float]
 
@@ -52,13 +57,19 @@ class JsonlLogger:
 
 
 class WandbLogger:
-    """Weights & Biases. Every call is one history row, drawn over ``samples_seen``."""
+    """Weights & Biases. Every call is one history row, drawn over ``samples_seen``.
+
+    Args:
+        group: None: the sweep, of a run that is called ``sweep/trial``.
+        name: None: the run's.
+    """
 
     def __init__(
         self,
         project: str = "quiltnet",
         entity: str | None = None,
         group: str | None = None,
+        name: str | None = None,
         mode: str = "online",
     ) -> None:
         if mode not in ("online", "offline"):
@@ -68,26 +79,35 @@ class WandbLogger:
                 "logger=[wandb] needs a login: run `wandb login`, set WANDB_API_KEY, or log offline with "
                 "logger.wandb.mode=offline and `wandb sync` later"
             )
-        self._options = {"project": project, "entity": entity, "group": group, "mode": mode}
+        self._name = name
+        self._group = group
+        self._options = {"project": project, "entity": entity, "mode": mode}
 
     def start(self, directory: Path, name: str, config: Mapping[str, Any], resumed_at: int | None = None) -> None:
         """One W&B run for a run and its continuations: its id lies in the run directory."""
         id_file = directory / "wandb_id.txt"
         if resumed_at is None or not id_file.exists():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+        name = self._name or name
         self._run = wandb.init(
             dir=directory,
             id=id_file.read_text(encoding="utf-8"),
             resume="allow",
             name=name,
-            config=dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
+            group=self._group or name.rpartition("/")[0] or None,
+            config=shown_config(config),
+            # Of itself it would send the command line, the repository's URL and the folder's name.
+            settings=wandb.Settings(
+                silent=True, console="off", x_disable_meta=True, disable_git=True, disable_code=True
+            ),
             **self._options,
         )
+        self._shares_samples = shares_samples(config)
         self._run.define_metric("*", step_metric="samples_seen")
 
     def log(self, metrics: Metrics, samples_seen: int) -> None:
-        self._run.log({"samples_seen": samples_seen, **metrics})
+        shown = metrics if self._shares_samples else only_numbers(metrics)
+        self._run.log({"samples_seen": samples_seen, **shown})
 
     def close(self) -> None:
         self._run.finish()
@@ -105,10 +125,10 @@ class TensorBoardLogger:
 
         purge_step = None if resumed_at is None else resumed_at + 1
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge_step)
-        self._writer.add_text(f"{name}/config", f"```json\n{json.dumps(config, indent=2)}\n```")
+        self._writer.add_text(f"{name}/config", f"```json\n{json.dumps(shown_config(config), indent=2)}\n```")
 
     def log(self, metrics: Metrics, samples_seen: int) -> None:
-        for name, value in metrics.items():
+        for name, value in only_numbers(metrics).items():
             self._writer.add_scalar(name, value, samples_seen)
 
     def close(self) -> None:
@@ -196,6 +216,22 @@ class LoggerGroup:
             logger.close()
 
 
+def shares_samples(config: Mapping[str, Any]) -> bool:
+    """Whether a run's captions, tiles and names of files may be shown to others."""
+    return config.get("share_samples") is True
+
+
+def shown_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What others may see of a run's config."""
+    redacted = redact_config(config)
+    return redacted if shares_samples(config) else hide_places(redacted)
+
+
+def only_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Without whatever is an image, a text or a table."""
+    return {name: value for name, value in metrics.items() if isinstance(value, Real)}
+
+
 def cut_after(path: Path, samples_seen: int) -> None:
     """Drop the lines of a JSONL file that lie after ``samples_seen``, and a last line that was cut off by a kill."""
     if not path.exists():
@@ -205,9 +241,7 @@ def cut_after(path: Path, samples_seen: int) -> None:
         if not line.endswith("\n") or json.loads(line)["samples_seen"] > samples_seen:
             break
         kept.append(line)
-    shortened = path.with_suffix(".tmp")
-    shortened.write_text("".join(kept), encoding="utf-8")
-    os.replace(shortened, path)
+    write_whole(path, "".join(kept))
 
 
 def _clock(seconds: float) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,3 +22,19 @@ def restore_random_state(states: dict[str, Tensor], device: torch.device) -> Non
     torch.set_rng_state(states["cpu"])
     if device.type != "cpu" and device.type in states:
         torch.get_device_module(device).set_rng_state(states[device.type])
+
+
+def random_states_as_text(states: Sequence[dict[str, Tensor]]) -> list[dict[str, str]]:
+    """``random_state`` of each rank, its bytes in base64."""
+    return [
+        {kind: base64.b64encode(state.numpy().tobytes()).decode("ascii") for kind, state in of_rank.items()}
+        for of_rank in states
+    ]
+
+
+def random_states_from_text(states: Sequence[dict[str, str]]) -> list[dict[str, Tensor]]:
+    """What ``random_states_as_text`` was given."""
+    return [
+        {kind: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for kind, text in of_rank.items()}
+        for of_rank in states
+    ]

@@ -12,12 +12,14 @@ from open_clip.transformer import PatchDropout
 from quiltnet.errors import UserError
 from quiltnet.evaluation.measuring import measure
 from quiltnet.evaluation.outcome import Outcome
-from quiltnet.training.callbacks import Evaluate, LogMetrics, Quarantine
+from quiltnet.training.averaging import Averaging
+from quiltnet.training.callbacks import Evaluate, LogMetrics
 from quiltnet.training.engine import TrainState, fit, start_training
 from quiltnet.training.loggers import LoggerGroup
 from quiltnet.training.losses import InfoNCE
 from quiltnet.training.objective import Objective
 from quiltnet.training.optim import build_optimizer
+from quiltnet.training.quarantine import Quarantine
 from tests.model.towers import tiny_model
 
 OBJECTIVE = Objective(InfoNCE())
@@ -74,9 +76,10 @@ def batches(batch_size=4, rejected=()):
         )
 
 
-def new_state(**options) -> TrainState:
+def new_state(averaging: Averaging | None = None, **options) -> TrainState:
     model = tiny_model(**options)
-    return start_training(model, build_optimizer(model, lr=1e-3), lambda *_: 1.0, global_batch_size=4)
+    optimizer = build_optimizer(model, lr=1e-3)
+    return start_training(model, optimizer, lambda *_: 1.0, global_batch_size=4, averaging=averaging)
 
 
 def train(callbacks, steps=4, rejected=()) -> TrainState:
@@ -97,6 +100,33 @@ def test_evaluation_does_not_change_training(tmp_path):
     assert results["start"] == recorder[0][1] and results["last"] == recorder[-1][1]
     assert results["evaluators"] == {"noise": {"of": "noise"}}
     assert results["outcomes"]["noise"]["drawn"] == 1
+
+
+def test_averaged_weights_are_measured_beside_the_others(tmp_path):
+    class Scale:
+        split = "val"
+
+        def run(self, encoder):
+            return Outcome({"value": encoder.model.logit_scale.item()})
+
+    recorder, state = Recorder(), new_state(Averaging(decay=0.9))
+    evaluate = Evaluate(
+        lambda model: measure(model, {"scale": Scale()}),
+        recorder,
+        every_samples=8,
+        results=tmp_path / "results.json",
+        evaluators={"scale": {}},
+        monitor="scale@ema/value",
+    )
+    fit(state, batches(), OBJECTIVE, [evaluate], total_samples=16)
+    raw, averaged = state.model.logit_scale.item(), state.average.module.logit_scale.item()
+    assert evaluate.last == {"scale/value": raw, "scale@ema/value": averaged} and raw != averaged
+    assert evaluate.start["scale/value"] == evaluate.start["scale@ema/value"]
+    assert evaluate.last_outcomes["scale@ema"].scores == {"value": averaged}
+    assert [list(line) for _, line in recorder] == [["scale/value", "scale@ema/value"]] * 3
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["last"] == evaluate.last and list(results["outcomes"]) == ["scale", "scale@ema"]
+    assert state.model.training and not state.average.module.training
 
 
 def test_a_monitor_that_nobody_measures_ends_the_run_at_its_start(tmp_path):
@@ -136,6 +166,16 @@ def test_too_many_broken_samples_end_the_run(tmp_path):
     quarantine = Quarantine(tmp_path / "q.jsonl", Recorder(), every_samples=[4], max_fraction=0.01)
     with pytest.raises(UserError, match=r"12 of 12 samples were broken.*max_bad_fraction=0.01"):
         train([quarantine], rejected=rejected)
+
+
+def test_results_that_cannot_be_written_are_told_and_training_goes_on(tmp_path, caplog):
+    recorder, folder = Recorder(), tmp_path / "gone"
+    train([evaluate_noise(recorder, folder, every_samples=8)])
+    assert [at for at, _ in recorder] == [0, 8, 16]
+    assert caplog.text.count("results.json could not be written") == 3
+    folder.mkdir()
+    train([evaluate_noise(recorder, folder)])
+    assert json.loads((folder / "results.json").read_text())["samples_seen"] == 16
 
 
 def test_a_resumed_quarantine_goes_on_counting(tmp_path):

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from quiltnet.errors import UserError
-from quiltnet.training.full_state import full_optimizer_state, full_weights, load_optimizer_state, load_weights
+from quiltnet.training.full_state import (
+    full_optimizer_state,
+    full_weights,
+    load_optimizer_state,
+    load_weights,
+    with_settings_of,
+)
 
 
 class Wrapper(nn.Module):
@@ -80,14 +86,19 @@ def test_asking_for_the_state_makes_none():
     assert not optimizer.state
 
 
-def test_a_state_that_numbers_parameters_is_taken_up():
+def test_a_changed_setting_is_taken_and_what_moved_is_kept():
+    """Of a rate and a decay that were changed for the continuation, and an estimate that is kept among the settings."""
     model, optimizer = trained("one", "two")
-    numbered = copy.deepcopy(optimizer.state_dict())
-    again, optimizer_again = trained("one", "two")
-    step(again, optimizer_again)
-    load_optimizer_state(again, optimizer_again, numbered)
-    load_weights(again, full_weights(model))
-    assert_same(snapshot(again, optimizer_again), snapshot(model, optimizer))
+    optimizer.param_groups[0].update(lr=0.05, base_lr=0.1, estimate=7.0)
+    saved = snapshot(model, optimizer)["optimizer"]
+    again = Wrapper("one", "two")
+    changed = torch.optim.AdamW([{"params": list(again.parameters()), "weight_decay": 0.3}], lr=0.2, betas=(0.5, 0.6))
+    changed.defaults["estimate"] = changed.param_groups[0]["estimate"] = 1.0
+    load_optimizer_state(again, changed, with_settings_of(changed, again, saved))
+    (group,) = changed.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"], group["estimate"]) == (0.2, 0.3, (0.5, 0.6), 7.0)
+    assert "base_lr" not in group, "or the schedule would go on from the earlier rate"
+    torch.testing.assert_close(full_optimizer_state(again, changed)["state"], saved["state"], rtol=0, atol=0)
 
 
 def test_a_state_of_other_parameters_is_refused():
@@ -95,7 +106,9 @@ def test_a_state_of_other_parameters_is_refused():
     smaller, optimizer_of_smaller = trained("one")
     with pytest.raises(UserError, match=r"did not train clip\.two\.weight"):
         load_optimizer_state(model, optimizer, full_optimizer_state(smaller, optimizer_of_smaller))
-    with pytest.raises(UserError, match="grouped parameters otherwise"):
-        load_optimizer_state(model, optimizer, optimizer_of_smaller.state_dict())
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(UserError, match=r"did not train clip\.two\.weight"):
+        load_optimizer_state(
+            model, optimizer, with_settings_of(optimizer, model, full_optimizer_state(smaller, optimizer_of_smaller))
+        )
+    with pytest.raises(UserError, match=r"of another model than this run's.*Missing key"):
         load_weights(model, full_weights(smaller))

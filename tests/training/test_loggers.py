@@ -89,12 +89,15 @@ def test_cutting_an_absent_file_is_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_wandb_offline_holds_the_scalars_of_metrics_jsonl(tmp_path):
+def test_wandb_offline_holds_the_scalars_of_metrics_jsonl_and_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "hub.token=t0psecret"])  # W&B keeps the command line by itself
     wandb = WandbLogger(mode="offline")
-    wandb.start(tmp_path, name="run", config={"lr": 1e-5})
+    wandb.start(tmp_path, name="run", config={"lr": 1e-5, "token": "t0psecret", "data_root": "/data/Mueller_Hans"})
     log_all(LoggerGroup([JsonlLogger(tmp_path / "metrics.jsonl"), wandb]))
     ours = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert logged_to_wandb(tmp_path, len(ours)) == ours
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"t0psecret" not in kept and b"Mueller" not in kept and b"1e-05" in kept
 
 
 def test_wandb_mode_is_checked():
@@ -129,3 +132,23 @@ def test_console_prints_plain_lines_where_there_is_no_terminal():
     first, second = stream.getvalue().splitlines()
     assert first.startswith(" 64/128  loss 3.2500  scale 14.30  lr 1.00e-05  12.0 samples/s  data wait 25%  ETA 0:00:0")
     assert second == "  zeroshot_x  accuracy 0.5  weighted_f1 0.25"
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "called"),
+    [
+        ({}, "run", ("run", None)),
+        ({}, "rates/trial-003", ("rates/trial-003", "rates")),
+        ({"group": "mine"}, "rates/trial-003", ("rates/trial-003", "mine")),
+        ({"name": "rates/trial-003"}, "trial-003", ("rates/trial-003", "rates")),
+    ],
+)
+def test_wandb_groups_the_trials_of_a_sweep(options, given, called, tmp_path, monkeypatch):
+    begun = {}
+
+    class Run:
+        def define_metric(self, *_, **__) -> None: ...
+
+    monkeypatch.setattr("quiltnet.training.loggers.wandb.init", lambda **settings: begun.update(settings) or Run())
+    WandbLogger(mode="offline", **options).start(tmp_path, name=given, config={})
+    assert (begun["name"], begun["group"]) == called
