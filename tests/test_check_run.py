@@ -109,9 +109,9 @@ def append(name: str, line: str) -> Callable[[Path], None]:
             "results",
             "does not say how many samples gave which metrics",
         ),
-        (cut("checkpoints/samples-000000000008/model.safetensors"), "samples-000000000008", "does not load"),
-        (cut("checkpoints/samples-000000000008/train_state.pt"), "samples-000000000008", "does not load"),
-        (remove("checkpoints/samples-000000000008/train_state.pt"), "samples-000000000008", "is not a checkpoint"),
+        (cut("checkpoints/samples-000000000008/model.safetensors"), "samples-000000000008", "model.safetensors has"),
+        (cut("checkpoints/samples-000000000008/state.json"), "samples-000000000008", "state.json has"),
+        (remove("checkpoints/samples-000000000008/manifest.json"), "samples-000000000008", "manifest.json is missing"),
     ],
 )
 def test_what_is_wrong_is_found(run, spoil, name, message):

@@ -1,4 +1,4 @@
-"""Every config file composes; every experiment builds and runs two steps; a misspelt key is found."""
+"""Every config file composes, and a misspelt key is found."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from quiltnet.cli.options import CHECKED_ELSEWHERE, RULES, check_options
 from quiltnet.errors import UserError
 from quiltnet.model.contrastive import ContrastiveModel
-from tests.commands import train_well
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
-EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # Models that can be built here: no hub, and the two PyPI packages of the demo.
 LOCAL_MODELS = ["ViT-B-32", "ViT-B-16", "effnet-lite0-minilm", "tiny"]
 
@@ -36,48 +32,6 @@ def keys(node: object, prefix: str = "") -> set[str]:
     if "_target_" in node:
         return {prefix}
     return set().union({prefix}, *(keys(value, f"{prefix}.{name}") for name, value in node.items()))
-
-
-def check_experiment(name: str, conf: Path = CONF) -> None:
-    """Nothing but what train.yaml knows, and every `_target_` takes the arguments it is given."""
-    base = composed("run_name=base", conf=conf)
-    cfg = composed(f"experiment={name}", "model=tiny", "++model.pretrained=null", "run_name=x", conf=conf)
-    unknown = keys(OmegaConf.to_container(cfg)) - keys(OmegaConf.to_container(base))
-    assert {key for key in unknown if not key.startswith(".evaluator.")} == set()
-    instantiate(cfg.loss)
-    instantiate(cfg.optim, instantiate(cfg.model, _convert_="all"))
-    instantiate(cfg.schedule, total_samples=100, warmup_samples=10)
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiment_says_nothing_that_nobody_reads(name):
-    check_experiment(name)
-
-
-@pytest.mark.parametrize(
-    "mistake",
-    ["globl_batch_size: 64", "data:\n  train:\n    horizontal_flp: true", "optim:\n  learning_rate: 1", "data.x: 1"],
-    ids=["top level", "nested", "of a target", "dotted"],
-)
-def test_a_misspelt_key_inside_an_experiment_is_found(tmp_path, mistake):
-    conf = tmp_path / "conf"
-    shutil.copytree(CONF, conf)
-    (conf / "experiment" / "typo.yaml").write_text(f"# @package _global_\n{mistake}\n")
-    with pytest.raises((AssertionError, HydraException, OmegaConfBaseException)):
-        check_experiment("typo", conf)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiment_runs_two_steps(name, drawn_shards, tmp_path):
-    """On the tiny model and drawn shards, with all that the experiment says beside that."""
-    options = [
-        f"experiment={name}", f"run_name={name}", "model=tiny", "++model.pretrained=null",
-        "debug=fast", "precision=fp32",
-        f"data.train.shards={drawn_shards}/train", f"data.val.shards={drawn_shards}/val", "evaluator=[val_pairs]",
-    ]  # fmt: skip
-    out = train_well(tmp_path, *options)
-    assert "16 samples" in out and "val_pairs/loss" in out
 
 
 @pytest.mark.parametrize("name", LOCAL_MODELS)

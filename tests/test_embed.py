@@ -18,7 +18,8 @@ from quiltnet.cli.embed_sources import find_embed_images
 from quiltnet.data.held_out import ShardPairs
 from quiltnet.errors import UserError
 from quiltnet.model.contrastive import ContrastiveModel
-from quiltnet.release.hub import export_open_clip, load_model
+from quiltnet.release.exporting import export_open_clip
+from quiltnet.release.hub import load_model
 from tests.commands import environment
 from tests.model.towers import tiny_model
 

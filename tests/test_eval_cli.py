@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from quiltnet.cli.hydra_main import eval_main
-from quiltnet.release.hub import export_open_clip
+from quiltnet.release.exporting import export_open_clip
 from tests.conftest import ROOT
 from tests.evaluation.miniatures import make_all
 from tests.model.towers import tiny_model

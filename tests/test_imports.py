@@ -12,7 +12,6 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "quiltnet"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
-MODEL = {"contrastive", "tokenizer", "weights"}
 # What every reader of a labelled set builds on, and every classifier that is scored.
 SET_READING = {
     f"evaluation.{room}" for room in ("class_names", "image_files", "label_table", "labelled_set", "split_roles")
@@ -25,26 +24,57 @@ SCORING = {
     )
 }  # fmt: skip
 
-# Room -> what it may import of quiltnet. `errors` is open to all; a wing's __init__ imports nothing.
+# Room -> what it may import of quiltnet. `errors` and `whole_files` are open to all; a wing's __init__ imports nothing.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "distributed": set(),
+    "worker_signals": set(),
+    "image_opening": set(),
+    "redaction": set(),
+    "whole_files": set(),
+    "model.adapters": {"model.contrastive", "model.lora", "model.tower_blocks"},
+    "model.attention_relevance": set(),
     "model.backbone_features": set(),
+    "model.image_relevance": {"model.attention_relevance"},
+    "model.text_relevance": {"model.attention_relevance", "model.image_relevance", "model.text_forward"},
+    "model.relevance": {"model.contrastive", "model.image_relevance", "model.text_relevance"},
     "model.contrastive": {
         "model.backbone_features", "model.text_forward", "model.tokenizer", "model.tower_blocks"
     },
     "model.fast_bpe": {"model.text_cleaning"},
+    "model.lora": {"model.lora_attention", "model.tower_blocks"},
+    "model.lora_attention": set(),
     "model.patch_dropout": set(),
     "model.text_cleaning": set(),
     "model.text_forward": set(),
-    "model.tokenizer": {"model.fast_bpe", "model.text_cleaning"},
+    "model.tokenizer": {"model.fast_bpe", "model.text_cleaning", "model.tokenizer_config"},
+    "model.tokenizer_config": set(),
     "model.tower_blocks": set(),
-    "model.weights": set(),
+    "model.changes": {"model.contrastive", "model.image_size"},
+    "model.image_size": set(),
+    "model.published_layouts": {"model.contrastive"},
+    "model.timm_folder": set(),
+    "model.torchscript": set(),
+    "model.towers": {"model.image_size", "model.timm_folder", "model.tokenizer", "model.weights"},
+    "model.weights": {"model.torchscript"},
     "model.embedder": {"model.contrastive"},
-    "model.folder": {"model.contrastive"},
-    "model.architecture": {"model.contrastive", "model.folder", "model.weights"},
-    "model.assembly": {f"model.{room}" for room in MODEL} | {"model.architecture", "model.folder"},
-    "model.transformers_clip": {"model.assembly", "model.contrastive", "model.tokenizer", "model.weights"},
+    "model.folder": {"model.adapters", "model.contrastive", "model.published_layouts", "model.timm_folder"},
+    "model.architecture": {
+        "model.contrastive", "model.folder", "model.published_layouts", "model.timm_folder", "model.weights"
+    },
+    "model.assembly": {
+        "model.architecture", "model.changes", "model.contrastive", "model.image_size", "model.published_layouts",
+        "model.tokenizer", "model.towers", "model.weights"
+    },
+    "model.loading": {
+        "model.adapters", "model.assembly", "model.changes", "model.contrastive", "model.folder",
+        "model.published_layouts", "model.weights"
+    },
+    "model.transformers_clip": {
+        "model.assembly", "model.changes", "model.contrastive", "model.tokenizer", "model.transformers_weights",
+        "model.weights"
+    },
+    "model.transformers_weights": set(),
     "data.augmentation": {"data.stain"},
     "data.batches": {
         "data.decoding", "data.device_decoding", "data.pairs", "data.stored_pairs", "data.teacher_features",
@@ -59,13 +89,14 @@ ALLOWED: dict[str, set[str]] = {
     },
     "data.contact_sheet": set(),
     "data.copies": {"data.near_duplicates"},
-    "data.decoding": set(),
+    "data.decoding": {"image_opening"},
     "data.device_decoding": {"data.decoding", "data.transforms"},
     "data.evaluation_sets": {
         "data.examining", "data.image_files", "data.manifest", "data.shard_sets", "data.stored_pairs", "data.tables"
     },
     "data.examining": {
-        "data.decoding", "data.manifest", "data.near_duplicates", "data.pairs", "data.stored_pairs", "data.tar_index"
+        "data.decoding", "data.manifest", "data.near_duplicates", "data.pairs", "data.stored_pairs", "data.tar_index",
+        "image_opening"
     },
     "data.folders": {"data.image_files", "data.pairs", "data.row_table"},
     "data.held_out": {"data.decoding", "data.shard_files", "data.stored_pairs"},
@@ -92,7 +123,7 @@ ALLOWED: dict[str, set[str]] = {
     "data.quilt1m": {"data.tables"},
     "data.reading": {
         "data.batches", "data.captions", "data.local_pairs", "data.remote_shards", "data.shard_files",
-        "data.streamed_pairs", "data.watchdog", "distributed"
+        "data.streamed_pairs", "data.watchdog", "distributed", "worker_signals"
     },
     "data.remote_files": {"data.remote_sources"},
     "data.remote_shards": {"data.manifest", "data.remote_files", "data.remote_sources"},
@@ -102,7 +133,7 @@ ALLOWED: dict[str, set[str]] = {
         "data.stored_pairs", "data.tar_index", "data.tar_members", "data.tarred_images"
     },
     "data.row_table": {"data.cells", "data.pairs"},
-    "data.samples": {"data.image_files", "data.pairs"},
+    "data.samples": {"data.image_files", "data.pairs", "image_opening"},
     "data.selection": {"data.pairs", "data.row_table", "data.tables"},
     "data.sentences": set(),
     "data.shard_cache": {"data.pairs", "data.remote_files", "data.remote_shards", "data.remote_sources"},
@@ -154,40 +185,67 @@ ALLOWED: dict[str, set[str]] = {
     "data.worker_pool": set(),
     "data.workplace": {"data.manifest"},
     "data.zipped_images": {"data.pairs", "data.tarred_images"},
-    "training.checkpoint": set(),
+    "training.alarms": {
+        "distributed", "training.averaging", "training.callbacks", "training.engine", "training.loggers"
+    },
+    "training.averaging": set(),
+    "training.best_weights": {
+        "distributed", "training.callbacks", "training.checkpoint", "training.engine", "training.full_state"
+    },
+    "training.checkpoint": {"training.checkpoint_manifest", "training.random_state", "training.tensor_tree"},
+    "training.checkpoint_copies": {"training.checkpoint_manifest"},
+    "training.checkpoint_manifest": set(),
     "training.distillation": {"distributed", "training.kernels", "training.targets"},
     "training.duplicates": {"distributed"},
     "training.engine": {
-        "distributed", "training.full_state", "training.gradcache", "training.optim", "training.placement",
-        "training.precision", "training.random_state"
+        "distributed", "training.averaging", "training.full_state", "training.gradcache", "training.gradients",
+        "training.optim", "training.placement", "training.precision", "training.random_state", "training.stage",
+        "training.stopping"
     },
-    "training.finite_check": {"distributed", "training.engine"},
+    "training.early_stopping": {"distributed", "training.callbacks", "training.engine"},
+    "training.finite_check": {"distributed", "training.engine", "training.loggers"},
     "training.flops": set(),
     "training.full_state": {"distributed"},
-    "training.gradcache": {"training.random_state"},
+    "training.gradcache": {"training.random_state", "training.stage"},
+    "training.gradients": set(),
+    "training.interpolation": set(),
     "training.kernels": {
         "distributed", "training.duplicates", "training.targets", "training.triton_kernels"
     },
-    "training.loggers": set(),
+    "training.loggers": {"redaction"},
     "training.losses": {"training.duplicates", "training.kernels"},
     "training.objective": {"training.distillation", "training.losses"},
-    "training.optim": {"training.parameter_groups"},
+    "training.optim": {"distributed", "training.parameter_groups"},
     "training.overfitting": {"distributed"},
     "training.parameter_groups": set(),
+    "training.batchnorm": {"distributed", "training.engine"},
     "training.patch_dropping": {"training.engine"},
     "training.placement": {"distributed"},
-    "training.precision": {"distributed"},
+    "training.precision": {"distributed", "training.process_group"},
+    "training.process_group": set(),
     "training.profiling": {"distributed", "training.engine", "training.flops"},
+    "training.quarantine": {"distributed", "training.engine", "training.loggers"},
     "training.random_state": set(),
+    "training.retention": {"training.checkpoint"},
+    "training.run_plan": set(),
+    "training.saving": {
+        "distributed", "training.callbacks", "training.checkpoint", "training.checkpoint_copies", "training.engine",
+        "training.retention", "training.stage", "training.tensor_tree"
+    },
     "training.schedules": set(),
     "training.siglip": {"training.duplicates", "training.siglip_kernels"},
     "training.siglip_kernels": {"distributed", "training.duplicates", "training.kernels"},
+    "training.stage": set(),
+    "training.stall_watch": {"distributed", "training.stage"},
+    "training.stopping": {"distributed"},
     "training.targets": {"training.duplicates"},
+    "training.thawing": {"training.engine", "training.placement"},
     "training.teachers": set(),
+    "training.tensor_tree": set(),
     "training.triton_kernels": {"training.targets"},
     "training.callbacks": {
-        "distributed", "training.checkpoint", "training.data_statistics", "training.engine", "training.flops",
-        "training.loggers"
+        "distributed", "training.averaging", "training.data_statistics", "training.engine", "training.flops",
+        "training.loggers", "training.stopping"
     },
     "training.data_statistics": {"distributed"},
     "evaluation.bootstrap": {"evaluation.labelled_set"},
@@ -201,7 +259,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation.corruptions": {"evaluation.labelled_set"},
     "evaluation.datasets": SET_READING,
     "evaluation.feature_cache": set(),
-    "evaluation.features": {"distributed", "evaluation.feature_cache"},
+    "evaluation.features": {"distributed", "evaluation.feature_cache", "worker_signals"},
     "evaluation.few_shot": SCORING,
     "evaluation.gallery": {"evaluation.bootstrap", "evaluation.outcome", "evaluation.retrieval_metrics"},
     "evaluation.group_split": SET_READING,
@@ -211,7 +269,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation.knn": SCORING,
     "evaluation.label_archives": SET_READING | {"evaluation.stored_images"},
     "evaluation.label_table": set(),
-    "evaluation.labelled_set": set(),
+    "evaluation.labelled_set": {"image_opening"},
     "evaluation.linear_probe": SCORING | {"evaluation.probe", "evaluation.probe_splits"},
     "evaluation.measuring": {"distributed", "evaluation.feature_cache", "evaluation.features", "evaluation.outcome"},
     "evaluation.metrics": set(),
@@ -243,11 +301,63 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluation.variants": {"evaluation.outcome"},
     "evaluation.zeroshot": SCORING | {"evaluation.prompts", "evaluation.slide_pooling"},
-    "release.charts": set(),
-    "release.hub": {
-        "model.assembly", "model.contrastive", "model.embedder", "model.folder", "model.transformers_clip",
-        "model.weights", "training.checkpoint"
+    "release.app": {"evaluation.prompts", "model.embedder", "release.explaining"},
+    "release.app_page": {"release.app", "release.explaining"},
+    "release.card": {
+        "redaction", "release.card_metadata", "release.card_scores", "release.card_sections", "release.card_text",
+        "release.card_use", "release.run_files"
     },
+    "release.card_metadata": {"release.card_scores", "release.hub", "release.run_files"},
+    "release.card_scores": {"release.run_files", "training.averaging"},
+    "release.card_sections": {
+        "release.card_metadata", "release.card_scores", "release.card_text", "release.run_files"
+    },
+    "release.card_text": set(),
+    "release.card_use": {"model.folder", "release.card_text"},
+    "release.charts": set(),
+    "release.curves": {"release.charts"},
+    "release.explaining": {"model.contrastive", "model.relevance"},
+    "release.explain_figure": {"release.explaining"},
+    "release.report": {
+        "release.report_bars", "release.report_curves", "release.report_facts",
+        "release.report_robustness", "release.report_samples", "release.report_scores", "release.report_subjects"
+    },
+    "release.report_bars": {"release.report_subjects", "training.averaging"},
+    "release.report_curves": {"evaluation.comparison", "release.report_scores", "release.report_subjects"},
+    "release.report_facts": {"redaction", "release.report_subjects"},
+    "release.report_robustness": {"release.report_curves", "release.report_subjects"},
+    "release.report_samples": {
+        "evaluation.features", "evaluation.gallery", "evaluation.measuring", "model.contrastive", "release.explaining"
+    },
+    "release.report_scores": {"evaluation.comparison", "release.report_subjects", "training.averaging"},
+    "release.report_subjects": {"redaction", "release.run_files", "training.averaging"},
+    "release.run_files": set(),
+    "release.sweep_plots": {"release.charts"},
+    "release.whole_folder": set(),
+    "release.comparison": {"model.contrastive"},
+    "release.downloading": {"model.folder", "model.timm_folder", "model.weights"},
+    "release.exporting": {
+        "model.adapters", "model.contrastive", "model.folder", "release.comparison", "release.onnx_export",
+        "release.open_clip_export", "release.transformers_export", "release.transformers_layout", "release.whole_folder"
+    },
+    "release.hub": {
+        "model.assembly", "model.changes", "model.contrastive", "model.embedder", "model.folder", "model.loading",
+        "model.transformers_clip", "release.downloading", "training.averaging", "training.checkpoint"
+    },
+    "release.hub_calls": {"redaction"},
+    "release.push": {"release.card", "release.card_use", "release.hub_calls"},
+    "release.onnx_export": {
+        "__version__", "model.contrastive", "model.text_forward", "release.comparison", "release.tokenizer_files"
+    },
+    "release.open_clip_export": {
+        "model.contrastive", "model.folder", "model.timm_folder", "release.comparison", "release.tokenizer_files"
+    },
+    "release.tokenizer_files": {"model.tokenizer"},
+    "release.transformers_export": {
+        "model.contrastive", "model.transformers_clip", "model.transformers_weights", "release.comparison",
+        "release.tokenizer_files", "release.transformers_layout"
+    },
+    "release.transformers_layout": {"model.contrastive", "model.transformers_clip", "release.tokenizer_files"},
     "__init__": {"release.hub"},
 }  # fmt: skip
 
@@ -258,8 +368,15 @@ CONFINED = {
     "wandb": {"training.loggers"},
     "typer": {"cli"},
     "webdataset": {"data"},
+    "gradio": {"release.app_page"},
     "h5py": {"evaluation"},
+    "jinja2": {"release.report"},
     "matplotlib": {"release"},
+    "onnx": {"release"},
+    "onnxruntime": {"release"},
+    "optuna": {"cli", "release"},
+    "peft": {"model"},
+    "plotly": {"release"},
 }
 
 
@@ -282,7 +399,7 @@ def imports(path: Path) -> tuple[set[str], set[str]]:
             top, *rest = name.split(".")
             if top != "quiltnet":
                 others.add(top)
-            elif rest and rest[0] != "errors":
+            elif rest and rest[0] not in ("errors", "whole_files"):
                 is_room = len(rest) > 1 and (PACKAGE / rest[0]).is_dir()
                 rooms.add(".".join(rest[:2]) if is_room else rest[0])
     return rooms, others

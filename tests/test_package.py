@@ -28,7 +28,7 @@ DISTRIBUTIONS = {
 # What others import for us: fsspec reads http(s) with aiohttp, pandas xlsx with openpyxl.
 THROUGH_OTHERS = {"aiohttp", "openpyxl"}
 # Imported where a user asks for it; an extra installs it.
-OPTIONAL = {"datasets"}
+OPTIONAL = {"datasets", "gradio", "onnxruntime", "optuna", "psutil", "sqlalchemy", "starlette", "submitit"}
 
 
 def run(cwd: Path, *command: str | Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -96,3 +97,18 @@ def test_ranks_and_uneven_shards_train_the_same_model(drawn_shards, tmp_path):
     results = [json.loads((tmp_path / f"outputs/ranks{n}/results.json").read_text())["start"] for n in (1, 2, 3)]
     assert results[1] == pytest.approx(results[0], abs=1e-6)
     assert results[2] == pytest.approx(results[0], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_saved_on_two_ranks_goes_on_on_one_and_on_three(drawn_shards, tmp_path):
+    def start(output_dir: str, ranks: int, total: int, *more: str) -> str:
+        given = options(drawn_shards, tmp_path / output_dir / "outputs", "run", "model.image.patch_dropout=0", *more)
+        return train_well(tmp_path, *given, f"total_samples={total}", "data.train.workers=1", ranks=ranks)
+
+    start("two", 2, 48)
+    for ranks in (1, 3):
+        shutil.copytree(tmp_path / "two", tmp_path / f"on{ranks}")
+        said = start(f"on{ranks}", ranks, TOTAL, "resume=auto", "allow_changes=true")
+        assert "samples-000000000048" in said and f"{ranks} process(es)" in said
+    one = weights(tmp_path / "on1", "run")
+    torch.testing.assert_close(weights(tmp_path / "on3", "run"), one, rtol=1e-3, atol=1e-4)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 import quiltnet
 from quiltnet.cli.hydra_main import eval_main, train_main
 from quiltnet.cli.shard import Format, shard
+from quiltnet.training.checkpoint import load_checkpoint
 from tests.commands import environment, train, train_well
 from tests.conftest import ROOT
 from tests.model.towers import tiny_model
@@ -110,7 +111,7 @@ def test_a_checkpoint_named_by_its_path(drawn_shards, work, capsys):
     names = [f"samples-{samples:012d}" for samples in (8, 16, 24, 32)]
     assert weights_of(work / "outputs/a") == names
     checkpoint = work / "outputs/a/checkpoints" / names[1]
-    expected = torch.load(work / "outputs/a/checkpoints" / names[3] / "train_state.pt", weights_only=True)
+    expected = load_checkpoint(work / "outputs/a/checkpoints" / names[3])
     run("run_name=b", f"resume={checkpoint}", *options)
     assert weights_of(work / "outputs/b") == names[2:]
     assert "earlier run" in refused(capsys, "run_name=b", f"resume={checkpoint}", *options)
@@ -118,7 +119,7 @@ def test_a_checkpoint_named_by_its_path(drawn_shards, work, capsys):
     assert weights_of(work / "outputs/a") == names
     assert (work / "outputs/a/notes.txt").exists()
     for name in "ab":
-        state = torch.load(work / f"outputs/{name}/checkpoints" / names[3] / "train_state.pt", weights_only=True)
+        state = load_checkpoint(work / f"outputs/{name}/checkpoints" / names[3])
         torch.testing.assert_close(state["optimizer"]["state"], expected["optimizer"]["state"], rtol=0, atol=0)
 
 
@@ -387,8 +388,5 @@ def test_example_does_the_whole_job(tmp_path):
 def test_two_trainings_in_one_process_do_not_disturb_each_other(drawn_shards, work):
     for name in ("a", "b"):
         run(f"run_name={name}", f"data.train.shards={drawn_shards}/train")
-    first, second = (
-        torch.load(work / f"outputs/{name}/checkpoints/samples-000000000016/train_state.pt", weights_only=True)
-        for name in "ab"
-    )
+    first, second = (load_checkpoint(work / f"outputs/{name}/checkpoints/samples-000000000016") for name in "ab")
     torch.testing.assert_close(first["optimizer"]["state"], second["optimizer"]["state"], rtol=0, atol=0)

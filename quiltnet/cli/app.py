@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import quiltnet
+from quiltnet.cli.app_server import serve
 from quiltnet.cli.check import check
 from quiltnet.cli.doctor import doctor
 from quiltnet.cli.door import at_the_door
 from quiltnet.cli.embed import embed
+from quiltnet.cli.explain import explain
+from quiltnet.cli.export import export
+from quiltnet.cli.merge import merge
 from quiltnet.cli.prepare import prepare
+from quiltnet.cli.report import report
 from quiltnet.cli.shard import shard
 from quiltnet.cli.teach import teach
 
@@ -36,12 +40,11 @@ def _version(
         raise typer.Exit
 
 
+# In the order of the work, which is that of --help.
 app.command()(shard)
 app.add_typer(check, name="check")
 app.command()(prepare)
 app.command()(teach)
-app.command()(embed)
-app.command()(doctor)
 
 
 @app.command(context_settings=_PASS_ON)
@@ -52,6 +55,14 @@ def train(context: typer.Context) -> None:
     train_main(context.args)
 
 
+@app.command(context_settings=_PASS_ON)
+def sweep(context: typer.Context) -> None:
+    """Search for good values of options (sweep=optuna n_trials=20 …), a process a trial; --help lists what it takes."""
+    from quiltnet.cli.search import sweep
+
+    sweep(context.args)
+
+
 @app.command("eval", context_settings=_PASS_ON)
 def evaluate(context: typer.Context) -> None:
     """Evaluate models: Hydra options (checkpoint=… evaluator=[…]), as of eval.py; --help lists them."""
@@ -60,16 +71,13 @@ def evaluate(context: typer.Context) -> None:
     eval_main(context.args)
 
 
-@app.command()
-def export(
-    source: Annotated[str, typer.Argument(help="Run directory, checkpoint, or anything that quiltnet.load takes.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
-) -> None:
-    """Write a folder in open_clip's layout, reload it through open_clip and compare embeddings."""
-    from quiltnet.cli.export import export
-
-    export(source, out)
-
+app.command()(report)
+app.command()(explain)
+app.command("app")(serve)
+app.command()(embed)
+app.command()(merge)
+app.command()(export)
+app.command()(doctor)
 
 main = at_the_door(app)
 

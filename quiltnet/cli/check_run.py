@@ -16,10 +16,11 @@ from rich.markup import escape
 from rich.table import Table
 from yaml import YAMLError
 
-from quiltnet.cli.run_directory import CONFIG_NAME, ENVIRONMENT_NAME, RunDirectory
+from quiltnet.cli.run_directory import RunDirectory
 from quiltnet.cli.tables import print_table
 from quiltnet.errors import UserError
 from quiltnet.release.hub import load_model
+from quiltnet.release.run_files import CONFIG_NAME, ENVIRONMENT_NAME
 from quiltnet.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
 
 # What a run cannot be repeated, continued or understood without.
@@ -157,8 +158,6 @@ def _look_at_checkpoint(folder: Path) -> str:
         state = load_checkpoint(folder)
     except UserError as error:
         raise _Wrong(str(error)) from error
-    except Exception as error:  # torch, zipfile, pickle and safetensors raise a dozen types for a damaged file
-        raise _Wrong(f"does not load ({type(error).__name__}: {str(error).partition(chr(10))[0]})") from error
     samples_seen = state.get("samples_seen")
     if not isinstance(samples_seen, int) or checkpoint_path(folder.parent, samples_seen) != folder:
         raise _Wrong(f"says samples_seen={samples_seen}, which is not what its folder is named for")

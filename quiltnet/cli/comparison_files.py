@@ -15,10 +15,10 @@ from quiltnet.errors import UserError
 from quiltnet.evaluation.comparison import Comparison, lower_is_better
 from quiltnet.evaluation.outcome import json_ready
 from quiltnet.release.charts import bar_chart, confusion_chart, line_chart, save_chart
+from quiltnet.release.run_files import RESULTS_NAME
 
 log = logging.getLogger(__name__)
 
-RESULTS_NAME = "results.json"
 MOST_CLASSES = 16  # of a confusion matrix that can still be read as a picture
 # Variants of a metric that make a curve: ``metric@4-shot``, ``metric@10%``, ``metric@dim=256``.
 CURVES = {

@@ -14,10 +14,17 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 from quiltnet.errors import UserError
+from quiltnet.redaction import print_redacted_traceback, redact
 
 P = ParamSpec("P")
 
 SHARD_QUOTES = "\"data.train.shards='quilt/train-{000000..000101}.tar'\""
+
+_PLUGINS = {
+    "submitit_slurm": "; pip install hydra-submitit-launcher",
+    "submitit_local": "; pip install hydra-submitit-launcher",
+    "ray": "; pip install hydra-ray-launcher",
+}
 
 # torchrun ends all ranks as soon as one has failed: the others give rank 0 this long to print its message first.
 _PATIENCE_S = 5.0
@@ -34,6 +41,7 @@ def at_the_door(command: Callable[P, Any]) -> Callable[P, None]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         # Otherwise Hydra prints errors itself and exits with 1.
         os.environ["HYDRA_FULL_ERROR"] = "1"
+        sys.excepthook = print_redacted_traceback
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
@@ -48,12 +56,12 @@ def at_the_door(command: Callable[P, Any]) -> Callable[P, None]:
 
 def leave_if_user_error(error: Exception) -> None:
     """Print the message and exit with 2, if it is one that the user can put right."""
-    message = _message_for_user(error)
+    message = message_for_user(error)
     if message is None:
         return
     if os.environ.get("RANK", "0") != "0":
         time.sleep(_PATIENCE_S)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {redact(message)}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -67,7 +75,7 @@ def refuse_multirun_under_torchrun(arguments: list[str]) -> None:
         )
 
 
-def _message_for_user(error: BaseException) -> str | None:
+def message_for_user(error: BaseException) -> str | None:
     """The message, if the user can put it right."""
     seen: BaseException | None = error
     while seen is not None:  # hydra.utils.instantiate wraps what a constructor raised
@@ -103,6 +111,8 @@ def _config_message(error: BaseException) -> str:
     choice = re.search(r"Could not (?:find|load) '([\w/]+)/([^'/]+)'", text)
     if choice:
         group, name = choice.groups()
+        if group == "hydra/launcher":
+            return f"there is no launcher {name}: its plugin is not installed{_PLUGINS.get(name, '')}"
         options = _options_of(group, text)
         near = difflib.get_close_matches(name, options, n=3, cutoff=0.3)
         nearest = f"; the nearest: {', '.join(near)}" if near else ""

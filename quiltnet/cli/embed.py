@@ -27,7 +27,7 @@ IDS_LIMIT = 90_000_000  # bytes; safetensors reads no header of more than 100 MB
 
 def embed(
     model: Annotated[
-        str, typer.Argument(help="Run directory, folder of open_clip or transformers, hub:org/name, or a name:tag.")
+        str, typer.Argument(help="Run directory (RUN@best, RUN@ema), checkpoint, or anything that quiltnet.load takes.")
     ],
     data: Annotated[str, typer.Argument(help="Folder of images, table with a column of images, or shards.")],
     out: Annotated[Path, typer.Option(help="File to write: features (N, D), their ids in its metadata.")],
@@ -41,7 +41,7 @@ def embed(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
 ) -> None:
-    """Features of images, one row an image, in the order of names, rows or samples.
+    """Encode images into one file of features, one row an image, in the order of names, rows or samples.
 
     Several devices share the work: torchrun --nproc-per-node 8 --no-python quiltnet embed ...
     """

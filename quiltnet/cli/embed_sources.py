@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -139,6 +139,9 @@ def _images_of_table(table: Path, image_column: str | None, root: Path) -> Image
     empty = next((row for row, name in enumerate(ids, start=1) if not name), None)
     if empty is not None:
         raise UserError(f"row {empty} of {table} names no image in column {column}; take such rows out")
+    unsafe = next((name for name in ids if name.startswith("/") or ".." in PurePosixPath(name).parts), None)
+    if unsafe is not None:
+        raise UserError(f"{table} names {unsafe}; image paths start from {root}, and stay below it")
     files = [root / name for name in ids]
     missing = [file for file in files if not file.is_file()]
     if missing:

@@ -13,6 +13,7 @@ from quiltnet.cli.comparison_files import check_output, write_comparison
 from quiltnet.cli.evaluators import make_evaluators
 from quiltnet.cli.options import check_values
 from quiltnet.cli.tables import print_rows
+from quiltnet.cli.targets import check_targets
 from quiltnet.data.tar_index import cache_folder
 from quiltnet.distributed import is_main, on_main
 from quiltnet.errors import UserError
@@ -25,6 +26,7 @@ from quiltnet.training.precision import build_accelerator
 
 def run_eval(cfg: DictConfig) -> None:  # all ranks
     """Evaluate one model or several; all ranks share the work, rank 0 prints and writes."""
+    check_targets(cfg, cfg.get("allow_targets"))
     sources = _sources(cfg)
     if not cfg.evaluator:
         raise UserError("no evaluator is chosen; say evaluator=[zeroshot_lc25000,val_pairs] (conf/evaluator/ has them)")
@@ -35,11 +37,11 @@ def run_eval(cfg: DictConfig) -> None:  # all ranks
     accelerator = build_accelerator(cfg.precision)
     evaluators = make_evaluators(cfg)
     models = {name: load_model(source) for name, source in sources.items()}  # all: a wrong name must not wait for hours
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision, torch.float32)
+    dtype = tower_dtype(cfg.precision)
     outcomes, described = {}, {}
     for name, model in models.items():
         model.to(accelerator.device)
-        outcomes[name] = measure(model, evaluators, cache=_cache(cfg.feature_cache), dtype=dtype)
+        outcomes[name] = measure(model, evaluators, cache=feature_cache(cfg.feature_cache), dtype=dtype)
         described[name] = {"source": sources[name], **model.describe()}
         model.cpu()
     if is_main():
@@ -75,7 +77,13 @@ def _sources(cfg: DictConfig) -> dict[str, str]:
     return sources
 
 
-def _cache(folder: str | None) -> FeatureCache | None:
+def tower_dtype(precision: str) -> torch.dtype:
+    """What the towers compute in."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def feature_cache(folder: str | None) -> FeatureCache | None:
+    """Where features are kept between evaluations, by the option ``feature_cache``."""
     if folder is None:
         return None
     return FeatureCache(cache_folder() / "features" if folder == "auto" else folder)

@@ -8,8 +8,10 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from quiltnet.cli.targets import check_targets
 from quiltnet.errors import UserError
 from quiltnet.evaluation.measuring import Evaluator
+from quiltnet.training.averaging import evaluator_of
 
 
 def make_evaluators(cfg: DictConfig, first: str | None = None) -> dict[str, Evaluator]:
@@ -19,8 +21,10 @@ def make_evaluators(cfg: DictConfig, first: str | None = None) -> dict[str, Eval
         first: the one that runs before the others, so that no time budget leaves it out.
 
     Raises:
-        UserError: some cannot be made; all that is wrong is said at once, since a set takes a day to download.
+        UserError: a name that may not be called; or some cannot be made, and all that is wrong is said at once, since
+            a set takes a day to download.
     """
+    check_targets(cfg.evaluator, cfg.get("allow_targets"))
     evaluators, faults = {}, []
     for name in sorted(cfg.evaluator, key=lambda name: name != first):
         try:
@@ -45,7 +49,7 @@ def check_monitored_split(monitor: str | None, evaluators: Mapping[str, Evaluato
     """
     if monitor is None:
         return
-    name = monitor.partition("/")[0]
+    name = evaluator_of(monitor)
     if evaluators[name].split == "test":
         raise UserError(
             f"monitor={monitor} would choose by a test set, as {name} is scored on one (so are images that nobody "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from quiltnet.cli.door import at_the_door, leave_if_user_error, refuse_multirun_under_torchrun
-from quiltnet.cli.sweep import Trials, is_trial
+from quiltnet.cli.door import at_the_door, leave_if_user_error, message_for_user, refuse_multirun_under_torchrun
+from quiltnet.cli.sweep import Trials, become_ranks, is_trial
+from quiltnet.cli.targets import checked_composition
+from quiltnet.errors import UserError
 
-INSTALLED_CONF = "pkg://quiltnet.conf"
+CONF_MODULE = "quiltnet.conf"
+INSTALLED_CONF = f"pkg://{CONF_MODULE}"
 
 
 @at_the_door
@@ -44,21 +48,32 @@ def _start(run: Callable[[DictConfig], Any], name: str, conf: str, arguments: Se
     trials = Trials()
 
     def task(cfg: DictConfig) -> Any:
+        if is_trial():
+            return run_trial(cfg)
+        try:
+            return run(cfg)
+        except Exception as error:
+            leave_if_user_error(error)  # Hydra would announce an exception with a line of its own
+            raise
+
+    def run_trial(cfg: DictConfig) -> Any:
+        become_ranks()
         try:
             value = run(cfg)
         except Exception as error:
-            if is_trial():
-                trials.add(cfg, error)
-            else:
-                leave_if_user_error(error)  # Hydra would announce an exception with a line of its own
+            trials.add(cfg, error)
+            message = message_for_user(error)
+            if message is not None:  # what a launcher carries to another process has lost its cause
+                raise UserError(message) from error
             raise
-        if is_trial():
+        if os.environ.get("RANK", "0") == "0":
             trials.add(cfg, value)
         return value
 
     if arguments is not None:
         sys.argv = [f"quiltnet {name}", *arguments]
     try:
-        hydra.main(version_base="1.3", config_path=conf, config_name=name)(task)()
+        with checked_composition():
+            hydra.main(version_base="1.3", config_path=conf, config_name=name)(task)()
     finally:
         trials.print()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,6 +51,10 @@ SHARDS: Rule = (
     (lambda value: value is None or _is_text(value) or (isinstance(value, Sequence) and all(map(_is_text, value)))),
     "a folder of shards, a tar, a brace pattern, a URL, or a list of these (quote a name that is a number)",
 )
+NAMES: Rule = (
+    (lambda value: OmegaConf.is_list(value) and all(map(_is_text, value))),
+    "a list of names: [a,b]",
+)
 RANGE: Rule = (
     (lambda value: OmegaConf.is_list(value) and len(value) == 2 and all(map(_is_number, value))),
     "two numbers: [least,most]",
@@ -68,6 +73,7 @@ RULES: dict[str, Rule] = {
     "chart_metric": NAME,
     "feature_cache": _optional(NAME),
     "resume": _optional(NAME),
+    "allow_changes": SWITCH,
     "seed": SEED,
     "global_batch_size": COUNT,
     "epochs": _optional(POSITIVE),
@@ -80,6 +86,8 @@ RULES: dict[str, Rule] = {
     "objective.image_image_logit_scale": POSITIVE,
     "objective.distillation_weight": FACTOR,
     "objective.teacher": _optional(NAME),
+    "averaging.decay": _optional(PART),
+    "averaging.warmup": SWITCH,
     "overfit": SWITCH,
     "profile": SWITCH,
     "loss.duplicates": _one_of("ignore", "mask", "positive"),
@@ -93,6 +101,8 @@ RULES: dict[str, Rule] = {
     "deterministic": SWITCH,
     "max_grad_norm": _optional(POSITIVE),
     "monitor": _optional(NAME),
+    "allow_targets": NAMES,
+    "share_samples": SWITCH,
     "data.train.shards": SHARDS,
     "data.train.workers": WHOLE,
     "data.train.crop_scale": RANGE,
@@ -123,6 +133,17 @@ RULES: dict[str, Rule] = {
     "optim.image_lr_factor": POSITIVE,
     "optim.text_lr_factor": POSITIVE,
     "optim.logit_scale_lr_factor": POSITIVE,
+    "optim.projection_lr_factor": POSITIVE,
+    "tuning.image_last_n": _optional(COUNT),
+    "tuning.text_last_n": _optional(COUNT),
+    "tuning.image_thaw_samples": WHOLE,
+    "tuning.text_thaw_samples": WHOLE,
+    "tuning.logit_scale": SWITCH,
+    "tuning.lora_rank": COUNT,
+    "tuning.lora_alpha": POSITIVE,
+    "tuning.lora_dropout": PART,
+    "tuning.image_lora_targets": _optional(NAMES),
+    "tuning.text_lora_targets": _optional(NAMES),
     "schedule.decay_share": SHARE,
     "schedule.decay_shape": _one_of("linear", "cosine", "1-sqrt"),
     "callbacks.log_every_samples": _optional(COUNT),
@@ -130,14 +151,33 @@ RULES: dict[str, Rule] = {
     "callbacks.evaluation_budget_s": _optional(POSITIVE),
     "callbacks.checkpoint_every_samples": _optional(COUNT),
     "callbacks.keep_checkpoints": COUNT,
+    "callbacks.keep_best": WHOLE,
+    "callbacks.keep_every_samples": _optional(COUNT),
+    "callbacks.copy_checkpoints_to": _optional(NAME),
+    "callbacks.on_save_failure": _one_of("continue", "stop"),
+    "callbacks.max_nonfinite_steps": COUNT,
+    "callbacks.stall_timeout_s": _optional(POSITIVE),
+    "callbacks.early_stopping.patience": _optional(COUNT),
+    "callbacks.early_stopping.min_delta": FACTOR,
+    "callbacks.alarm.metrics": NAMES,
+    "callbacks.alarm.margin": FACTOR,
+    "callbacks.alarm.stop": SWITCH,
 }
 
 # Looked at where they are used, and by more than one rule.
 CHECKED_ELSEWHERE = {"data.train.sources", "data.train.caption_policy", "data.augment.stain_normalization"}
 PARTS = {
     "run_name", "data_root", "model", "data", "loss", "objective", "optim", "schedule", "placement", "callbacks",
-    "evaluator", "logger"
+    "evaluator", "logger", "tuning", "averaging"
 }  # fmt: skip
+
+
+def check_run_name(cfg: DictConfig, example: str, goes_to: str) -> None:
+    """Raises UserError where ``run_name`` is not set, or could not name a folder."""
+    if OmegaConf.is_missing(cfg, "run_name"):
+        raise UserError(f"run_name is not set; say run_name={example}, and {goes_to}")
+    if not re.fullmatch(r"\w[\w.+=,-]*", str(cfg.run_name)):
+        raise UserError(f"run_name={cfg.run_name!r} is a folder's name: letters, digits and . _ + = , - only")
 
 
 def check_options(cfg: DictConfig) -> None:
@@ -164,7 +204,7 @@ def _check_names(cfg: DictConfig) -> None:
     for name in ("experiment", "debug", "sweep"):
         if name in cfg and cfg[name] is not None:
             raise UserError(f"{name}={cfg[name]}: the file must begin with the line `# @package _global_`")
-    for group in ("data", "callbacks", "objective"):
+    for group in ("data", "callbacks", "objective", "averaging"):
         for name in _names(OmegaConf.to_container(cfg[group]), group):
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0)

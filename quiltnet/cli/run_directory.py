@@ -20,17 +20,25 @@ import torch
 from omegaconf import OmegaConf
 
 from quiltnet.errors import UserError
+from quiltnet.redaction import redact_command, redact_config
 from quiltnet.release.hub import CHECKPOINTS_FOLDER, DESCRIPTION_FOLDER
-from quiltnet.training.checkpoint import latest_checkpoint
-
-CONFIG_NAME = "config.yaml"
-ENVIRONMENT_NAME = "environment.json"
+from quiltnet.release.run_files import CONFIG_NAME, ENVIRONMENT_NAME, METRICS_NAME, QUARANTINE_NAME, RESULTS_NAME
+from quiltnet.training.checkpoint import (
+    check_checkpoint,
+    list_checkpoints,
+    newest_valid,
+    put_back_replaced,
+    reasons,
+)
 
 # What may differ between a run and its continuation: how it is started and watched, not what it computes.
 _MAY_CHANGE = {
     "resume", "overwrite", "output_dir", "run_name", "callbacks", "logger", "evaluator", "monitor", "data_root",
-    "deterministic", "placement", "micro_batch_size", "profile",
+    "deterministic", "placement", "micro_batch_size", "profile", "allow_changes", "allow_targets", "share_samples",
 }  # fmt: skip
+# What the state of a checkpoint is made of: not even `allow_changes` lets it differ.
+_MUST_NOT_CHANGE = ("optim._target_", "optim.name")
+_CHANGES_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -52,15 +60,15 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS_NAME
 
     @property
     def results(self) -> Path:
-        return self.path / "results.json"
+        return self.path / RESULTS_NAME
 
     @property
     def quarantine(self) -> Path:
-        return self.path / "quarantine.jsonl"
+        return self.path / QUARANTINE_NAME
 
     @property
     def model(self) -> Path:
@@ -68,20 +76,29 @@ class RunDirectory:
 
 
 def check_run_directory(
-    path: Path, config: Mapping[str, Any], data: Mapping[str, Any], *, resume: str | None, overwrite: bool
+    path: Path,
+    config: Mapping[str, Any],
+    data: Mapping[str, Any],
+    *,
+    resume: str | None,
+    overwrite: bool,
+    allow_changes: bool = False,
 ) -> RunDirectory:
     """Decide whether the run may start there, before anything is written.
 
+    Args:
+        allow_changes: say which part of configuration and data differs from that of the run to be continued, and go on.
+
     Raises:
         UserError: a used directory that is neither resumed nor overwritten, a continuation whose configuration or data
-            differ, a directory that cannot be written.
+            differ, no valid checkpoint among those that there are, a directory that cannot be written.
     """
     if resume is not None and overwrite:
         raise UserError("resume and overwrite=true contradict each other: one continues the run, the other discards it")
     check_writable(path)
     checkpoint = _named_checkpoint(path, resume)
     if checkpoint is not None:
-        _refuse_changes(checkpoint.parent.parent, config, data)
+        _compare_with(checkpoint.parent.parent, config, data, allow_changes)
         if checkpoint.parent == path / CHECKPOINTS_FOLDER:
             return RunDirectory(path, checkpoint)
     used = path.exists() and any(path.iterdir())
@@ -89,8 +106,8 @@ def check_run_directory(
         return RunDirectory(path, checkpoint)
     if not (path / CONFIG_NAME).is_file():
         raise UserError(f"{path} holds files that are not a run's; choose another run_name")
-    if overwrite or resume == "auto":  # auto: a run that was begun, and ended before its first checkpoint
-        return RunDirectory(path, replaces=True)
+    if overwrite or (resume is not None and _ended_before_its_first_checkpoint(path, resume, checkpoint)):
+        return RunDirectory(path, checkpoint, replaces=True)
     raise UserError(
         f"{path} holds an earlier run; continue it with resume=auto, replace it with overwrite=true, "
         "or choose another run_name"
@@ -107,19 +124,31 @@ def check_writable(path: Path) -> None:
 
 
 def create_run_directory(run: RunDirectory, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """Make the directory and write down configuration and circumstances."""
+    """Make the directory and write down configuration and circumstances.
+
+    Raises:
+        UserError: it cannot be written; what a run that goes on had there is as it was.
+    """
     environment = {**describe_environment(), "data": dict(data)}
-    if run.replaces:
-        shutil.rmtree(run.path.resolve())
-    run.path.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(dict(config)), run.path / CONFIG_NAME)
-    (run.path / ENVIRONMENT_NAME).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    try:
+        if run.replaces:
+            delete_run_directory(run.path)
+        run.path.resolve().mkdir(parents=True, exist_ok=True)
+        _write_whole(run.path / CONFIG_NAME, OmegaConf.to_yaml(OmegaConf.create(redact_config(config))))
+        _write_whole(run.path / ENVIRONMENT_NAME, json.dumps(environment, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{run.path} cannot be written ({error}); free space, or choose another place") from error
+
+
+def delete_run_directory(path: Path) -> None:
+    """Delete the directory with all that is in it; of a link, what it leads to."""
+    shutil.rmtree(path.resolve())
 
 
 def describe_environment() -> dict[str, Any]:
     """Command, code, packages and hardware: what someone needs to tell two runs apart."""
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": redact_command([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "git": _git_revision(),
         "python": platform.python_version(),
@@ -150,42 +179,102 @@ def _named_checkpoint(path: Path, resume: str | None) -> Path | None:
     if resume is None:
         return None
     if resume == "auto":
-        return latest_checkpoint(path / CHECKPOINTS_FOLDER)
+        return _newest_checkpoint(path / CHECKPOINTS_FOLDER)
     checkpoint = Path(resume)
     if not checkpoint.is_dir():
         raise UserError(f"resume={resume}: no such checkpoint; resume=auto finds the newest of this run")
+    if why := check_checkpoint(checkpoint):
+        raise UserError(f"resume={resume}: {why}; resume=auto finds the newest valid one of this run")
     own = path / CHECKPOINTS_FOLDER / checkpoint.name
     return own if own.exists() and own.samefile(checkpoint) else checkpoint.resolve()
 
 
-def _refuse_changes(run: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+def _ended_before_its_first_checkpoint(path: Path, resume: str, given: Path | None) -> bool:
+    """Whether a used directory holds nothing to go on from, so that the run in it begins again.
+
+    Raises:
+        UserError: it had gone on from a checkpoint that is not given now; without it the run would be another.
+    """
+    if list_checkpoints(path / CHECKPOINTS_FOLDER) or (given is not None and path.resolve() in given.parents):
+        return False
+    before = OmegaConf.load(path / CONFIG_NAME).get("resume")
+    if resume == "auto" and before not in (None, "auto"):
+        raise UserError(
+            f"the run in {path} began with resume={before} and ended before a checkpoint of its own: say so again, or "
+            "overwrite=true to begin without it"
+        )
+    return True
+
+
+def _newest_checkpoint(root: Path) -> Path | None:
+    """The newest valid one, once it is said why newer ones are none."""
+    put_back_replaced(root)
+    checkpoint, passed_over = newest_valid(root)
+    if checkpoint is None and passed_over:
+        raise UserError(
+            f"resume=auto: no checkpoint in {root} is valid ({reasons(passed_over)}); remove them to begin anew with "
+            "overwrite=true, or choose another run_name"
+        )
+    for damaged, why in passed_over:
+        print(f"note: {damaged} is passed over: {why}", file=sys.stderr)
+    return checkpoint
+
+
+def _compare_with(run: Path, config: Mapping[str, Any], data: Mapping[str, Any], allow_changes: bool) -> None:
+    """Refuse, or say, what differs from the run that is continued."""
     if not (run / CONFIG_NAME).is_file():
         raise UserError(f"{run / CONFIG_NAME} is missing: the checkpoint stands outside a run directory")
-    saved = OmegaConf.to_container(OmegaConf.load(run / CONFIG_NAME))
-    before = _flatten({key: value for key, value in saved.items() if key not in _MAY_CHANGE})
-    now = _flatten({key: value for key, value in config.items() if key not in _MAY_CHANGE})
+    before = _compared(OmegaConf.to_container(OmegaConf.load(run / CONFIG_NAME)))
+    now = _compared(config)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    # Another number of loader processes gives the same stream.
-    changed = [key for key in changed if not key.endswith(".workers")]
-    if changed:
-        shown = "; ".join(f"{key}: {before.get(key)} then, {now.get(key)} now" for key in changed[:6])
+    shown = [f"{key}: {before.get(key)} then, {now.get(key)} now" for key in changed]
+    fixed = [line for key, line in zip(changed, shown, strict=True) if key in _MUST_NOT_CHANGE]
+    if fixed:
         raise UserError(
-            f"the run cannot continue with another configuration ({shown}); give the options of the first start, "
-            "or choose another run_name"
+            f"the run cannot continue with another optimiser ({'; '.join(fixed)}): the checkpoint has the state of the "
+            f"first; a new run begins with its weights by model=start model.source={run}"
         )
-    trained_on, given = json.loads((run / ENVIRONMENT_NAME).read_text(encoding="utf-8"))["data"], dict(data)
+    if changed and not allow_changes:
+        more = f"; and {len(shown) - _CHANGES_SHOWN} more" if len(shown) > _CHANGES_SHOWN else ""
+        raise UserError(
+            f"the run cannot continue with another configuration ({'; '.join(shown[:_CHANGES_SHOWN])}{more}); give the "
+            "options of the first start, choose another run_name, or say allow_changes=true if the change is meant"
+        )
+    for line in shown:
+        print(f"note: continues with a change: {line}", file=sys.stderr)
+    _compare_data(run, dict(data), allow_changes)
+
+
+def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat = _flatten({key: value for key, value in redact_config(config).items() if key not in _MAY_CHANGE})
+    # Another number of loader processes gives the same stream.
+    return {key: value for key, value in flat.items() if not key.endswith(".workers")}
+
+
+def _compare_data(run: Path, given: dict[str, Any], allow_changes: bool) -> None:
+    trained_on = json.loads((run / ENVIRONMENT_NAME).read_text(encoding="utf-8"))["data"]
     loaders, now_loaders = trained_on.pop("loaders", None), given.pop("loaders", None)  # of streamed shards
     if trained_on != given:
-        raise UserError(
-            f"the shards are not those that the run began with ({trained_on} then, {given} now); "
-            "bring them back, or choose another run_name"
-        )
+        changed = f"the shards are not those that the run began with ({trained_on} then, {given} now)"
+        if not allow_changes:
+            raise UserError(f"{changed}; bring them back, or choose another run_name")
+        print(f"note: {changed}; the position in the data is taken over as a count of samples", file=sys.stderr)
     if loaders != now_loaders:
         print(
             f"note: the shards are streamed, by {loaders} loaders (ranks x workers) when the run began and "
             f"{now_loaders} now: some samples of this epoch will come twice and others not at all",
             file=sys.stderr,
         )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A run whose configuration is cut off, by a kill or a full disk, could never go on."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

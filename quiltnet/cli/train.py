@@ -1,82 +1,40 @@
-"""``train.py`` and ``quiltnet train``: configs into objects, a run directory, a run."""
+"""``train.py`` and ``quiltnet train``: a run from its config, in its directory."""
 
 from __future__ import annotations
 
-import math
-import re
-import shutil
+import logging
+import sys
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from quiltnet.cli.computing import computing
-from quiltnet.cli.evaluators import check_monitored_split, make_evaluators
-from quiltnet.cli.objective import make_objective
-from quiltnet.cli.options import check_options
-from quiltnet.cli.run_directory import RunDirectory, check_run_directory, create_run_directory
-from quiltnet.cli.sweep import is_trial, monitored, trial_directory
+from quiltnet.cli.callbacks import make_callbacks
+from quiltnet.cli.clock import Clock
+from quiltnet.cli.parts import Parts, make_parts
+from quiltnet.cli.run_directory import RunDirectory, check_run_directory, create_run_directory, delete_run_directory
+from quiltnet.cli.run_lock import go_on_after_restart, own, run_lock
+from quiltnet.cli.sweep import is_trial, run_label, trial_directory
 from quiltnet.cli.tables import print_before_and_after
-from quiltnet.cli.train_data import data_statistics, device_batches, open_loader
+from quiltnet.cli.train_data import device_batches
 from quiltnet.data.reading import PairLoader
 from quiltnet.distributed import barrier, is_main, on_main, rank, world_size
 from quiltnet.errors import UserError
-from quiltnet.evaluation.measuring import Evaluator, measure
 from quiltnet.evaluation.outcome import paired_differences
-from quiltnet.model.contrastive import ContrastiveModel
+from quiltnet.model.adapters import freeze_waiting
 from quiltnet.model.folder import write_description
-from quiltnet.model.patch_dropout import set_patch_dropout
-from quiltnet.training.callbacks import Evaluate, LogMetrics, Quarantine, SaveCheckpoint
-from quiltnet.training.checkpoint import forget_after, load_checkpoint
-from quiltnet.training.engine import Callback, TrainState, fit, seed_everything, start_training
-from quiltnet.training.finite_check import FiniteCheck
-from quiltnet.training.gradcache import check_micro_batch_size, warn_of_batch_statistics
+from quiltnet.release.run_files import add_changes
+from quiltnet.training.checkpoint import forget_after, load_checkpoint, shapes_and_trained
+from quiltnet.training.engine import TrainState, fit, start_training
+from quiltnet.training.full_state import check_fits, with_settings_of
 from quiltnet.training.loggers import ConsoleLogger, JsonlLogger, LoggerGroup
-from quiltnet.training.objective import Objective
 from quiltnet.training.parameter_groups import group_table
-from quiltnet.training.patch_dropping import PatchDropping
-from quiltnet.training.placement import Placement, check_placement, check_towers
-from quiltnet.training.precision import build_accelerator
-from quiltnet.training.profiling import Profile
+from quiltnet.training.stall_watch import StallWatch
+from quiltnet.training.stopping import RunStopped, Stopping
 
-_STEPS_PER_LOG_LINE = 10
-_WARMUP_SHARE = 0.05
-
-
-@dataclass(frozen=True)
-class Clock:
-    """All durations of a run, in pairs over all ranks."""
-
-    total_samples: int
-    warmup_samples: int
-    log_every_samples: int
-    evaluate_every_samples: int | None
-    checkpoint_every_samples: int
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The objects of a run, made and checked; nothing is written yet."""
-
-    accelerator: Accelerator
-    model: ContrastiveModel
-    loader: PairLoader
-    clock: Clock
-    evaluators: dict[str, Evaluator]
-    monitor: str | None
-    optimizer: torch.optim.Optimizer
-    schedule: Any
-    objective: Objective
-    placement: Placement
-    computing: dict[str, Any]
-    loggers: list[Any]
-    config: dict[str, Any]
+log = logging.getLogger(__name__)
 
 
 def run_train(cfg: DictConfig) -> float | None:  # all ranks
@@ -86,12 +44,22 @@ def run_train(cfg: DictConfig) -> float | None:  # all ranks
         The monitored metric, for a sweep; ``None`` where nothing is monitored.
     """
     parts = make_parts(cfg)
-    run = _enter_run_directory(cfg, parts)
+    path = trial_directory(cfg) if is_trial() else Path(cfg.output_dir) / str(cfg.run_name)
+    with run_lock(path):
+        go_on_after_restart(cfg, path)
+        run = _enter_run_directory(cfg, parts, path)
+        own(path)
+        return _train(cfg, parts, run)
+
+
+def _train(cfg: DictConfig, parts: Parts, run: RunDirectory) -> float | None:  # all ranks
     state = _start_training(cfg, parts, run)
-    logger = _start_loggers(parts, str(cfg.run_name), run, state)
-    callbacks, evaluate = _make_callbacks(cfg, parts, run, logger, state)
+    logger = _start_loggers(parts, run_label(cfg), run, state)
+    stopping = Stopping()
+    callbacks, evaluate = make_callbacks(cfg, parts, run, logger, state, stopping)
+    watch = StallWatch(cfg.callbacks.stall_timeout_s, lambda: f"step {state.step + 1}")
     try:
-        with closing(logger), closing(parts.loader):
+        with stopping, closing(logger), closing(parts.loader), watch:
             device = state.accelerator.device
             fit(
                 state,
@@ -101,21 +69,32 @@ def run_train(cfg: DictConfig) -> float | None:  # all ranks
                 total_samples=parts.clock.total_samples,
                 max_grad_norm=cfg.max_grad_norm,
                 micro_batch_size=cfg.micro_batch_size,
+                stopping=stopping,
             )
+    except RunStopped:
+        if is_main():
+            at = f"{stopping.signal_name} after {state.samples_seen:,} of {parts.clock.total_samples:,} samples"
+            print(f"stopped by {at}, saved in {run.path}; resume=auto goes on", file=sys.stderr, flush=True)
+        raise
     except UserError:
         if state.samples_seen == 0 and is_main():  # found by the first evaluation: nothing was trained
-            shutil.rmtree(run.path)
+            delete_run_directory(run.path)
         raise
     if is_main():
-        changes = paired_differences(evaluate.last_outcomes, evaluate.start_outcomes)
+        changes = paired_differences(evaluate.final_outcomes, evaluate.start_outcomes)
         intervals = {name: (change.low, change.high) for name, change in changes.items()}
-        print_before_and_after(evaluate.start, evaluate.last, intervals)
+        print_before_and_after(evaluate.start, evaluate.final, intervals)
+        if evaluate.best:
+            print(f"after: the best checkpoint, of {evaluate.best['samples_seen']:,} samples")
+        if changes:
+            add_changes(run.results, {name: (change.value, *intervals[name]) for name, change in changes.items()})
         print(f"run directory: {run.path}")
-    return evaluate.last[parts.monitor] if parts.monitor else None
+    return evaluate.final[parts.monitor] if parts.monitor else None
 
 
 def _start_training(cfg: DictConfig, parts: Parts, run: RunDirectory) -> TrainState:  # all ranks
-    groups = group_table(parts.optimizer.param_groups)  # before they are sharded, and rates moved
+    groups = group_table(parts.optimizer.param_groups, parts.model)  # before they are sharded, and rates moved
+    freeze_waiting(parts.model, parts.waiting, 0)  # a resumed run thaws what is due before its first step
     torch.manual_seed(cfg.seed + rank())  # so that dropout differs between ranks
     state = start_training(
         parts.model,
@@ -124,115 +103,34 @@ def _start_training(cfg: DictConfig, parts: Parts, run: RunDirectory) -> TrainSt
         global_batch_size=cfg.global_batch_size,
         accelerator=parts.accelerator,
         placement=parts.placement,
+        averaging=parts.averaging,
     )
     if run.checkpoint is not None:
-        state.load_state_dict(load_checkpoint(run.checkpoint))  # all ranks read it: the disk must be shared
+        saved = load_checkpoint(run.checkpoint)  # all ranks read it: the disk must be shared
+        if cfg.allow_changes:
+            saved["optimizer"] = with_settings_of(state.optimizer.optimizer, state.model, saved["optimizer"])
+        state.load_state_dict(saved)
     barrier()
     if is_main():
         forget_after(run.checkpoints, state.samples_seen)
         (run.path / "parameter_groups.txt").write_text(groups + "\n", encoding="utf-8")
         _print_plan(run, state, parts.clock, parts.loader)
         print(groups, flush=True)
+        for warning in parts.warnings:
+            log.warning(warning)
     return state
 
 
-def make_parts(cfg: DictConfig) -> Parts:  # all ranks
-    """Configs into objects."""
-    _check_options(cfg)
-    accelerator = build_accelerator(cfg.precision, deterministic=cfg.deterministic)
-    placement = _check_step(cfg, accelerator)
-    seed_everything(cfg.seed)
-    model = instantiate(cfg.model, _convert_="all")
-    check_towers(placement, model)
-    if cfg.patch_dropout:
-        set_patch_dropout(model.clip, cfg.patch_dropout)
-    if cfg.micro_batch_size is not None:
-        warn_of_batch_statistics(model, cfg.micro_batch_size)
-    loader = open_loader(cfg, model)
-    clock = plan_clock(cfg, loader.samples_per_epoch)
-    objective = make_objective(cfg, model, accelerator)  # before the optimiser: it may thaw the model's bias
-    spans = {"total_samples": clock.total_samples, "warmup_samples": clock.warmup_samples}
-    monitor = _check_monitor(cfg)
-    evaluators = make_evaluators(cfg, first=monitor and monitor.partition("/")[0])
-    check_monitored_split(monitor, evaluators)
-    return Parts(
-        accelerator=accelerator,
-        model=model,
-        loader=loader,
-        clock=clock,
-        evaluators=evaluators,
-        monitor=monitor,
-        optimizer=instantiate(cfg.optim, model, _convert_="all"),
-        schedule=instantiate(cfg.schedule, **spans),
-        objective=objective,
-        placement=placement,
-        computing=computing(cfg, model, accelerator.device),
-        loggers=[],
-        config=_resolved(cfg, clock),
-    )
-
-
-def plan_clock(cfg: DictConfig, samples_per_epoch: int) -> Clock:
-    """Epochs and shares become samples; the total is rounded up to whole batches."""
-    if (cfg.epochs is None) == (cfg.total_samples is None):
-        raise UserError("say how long to train, by one of epochs=10 and total_samples=1000000")
-    wanted = cfg.total_samples if cfg.total_samples is not None else cfg.epochs * samples_per_epoch
-    if not wanted > 0:
-        raise UserError(f"the run would see {wanted} samples; give a positive number of epochs or total_samples")
-    total_samples = math.ceil(wanted / cfg.global_batch_size) * cfg.global_batch_size
-    warmup_samples = cfg.schedule.get("warmup_samples")
-    callbacks = cfg.callbacks
-    return Clock(
-        total_samples=total_samples,
-        warmup_samples=round(_WARMUP_SHARE * total_samples) if warmup_samples is None else warmup_samples,
-        log_every_samples=callbacks.log_every_samples or _STEPS_PER_LOG_LINE * cfg.global_batch_size,
-        evaluate_every_samples=callbacks.evaluate_every_samples,
-        checkpoint_every_samples=callbacks.checkpoint_every_samples or samples_per_epoch,
-    )
-
-
-def _check_options(cfg: DictConfig) -> None:
-    if OmegaConf.is_missing(cfg, "run_name"):
-        raise UserError("run_name is not set; say run_name=first_try, and results go to outputs/first_try")
-    if not re.fullmatch(r"\w[\w.+=,-]*", str(cfg.run_name)):
-        raise UserError(f"run_name={cfg.run_name!r} is a folder's name: letters, digits and . _ + = , - only")
-    check_options(cfg)
-
-
-def _check_step(cfg: DictConfig, accelerator: Accelerator) -> Placement:
-    """What a step cannot do on this machine is said before the data is touched."""
-    if cfg.micro_batch_size is not None:
-        check_micro_batch_size(cfg.micro_batch_size, cfg.global_batch_size, world_size())
-    placement = instantiate(cfg.placement)
-    check_placement(placement, accelerator, cfg.precision)
-    return placement
-
-
-def _check_monitor(cfg: DictConfig) -> str | None:
-    monitor = monitored(cfg)
-    if monitor is not None and monitor.partition("/")[0] not in cfg.evaluator:
-        known = ", ".join(cfg.evaluator) or "none"
-        raise UserError(f"monitor={monitor} must be evaluator/metric of one of the run's evaluators ({known})")
-    return monitor
-
-
-def _resolved(cfg: DictConfig, clock: Clock) -> dict[str, Any]:
-    """The config as it will be written: everything said, in samples."""
-    config = OmegaConf.to_container(cfg, resolve=True)
-    spans = asdict(clock)
-    config.update(epochs=None, total_samples=spans["total_samples"])
-    config["schedule"].update(total_samples=spans["total_samples"], warmup_samples=spans["warmup_samples"])
-    config["callbacks"].update({name: spans[name] for name in spans if name in config["callbacks"]})
-    return config
-
-
-def _enter_run_directory(cfg: DictConfig, parts: Parts) -> RunDirectory:  # all ranks
+def _enter_run_directory(cfg: DictConfig, parts: Parts, path: Path) -> RunDirectory:  # all ranks
     """Rank 0 decides and makes it; all ranks go on, or stop with the same message."""
-    path = trial_directory(cfg) if is_trial() else Path(cfg.output_dir) / str(cfg.run_name)
     data = parts.loader.describe()
 
     def enter() -> RunDirectory:
-        run = check_run_directory(path, parts.config, data, resume=cfg.resume, overwrite=cfg.overwrite)
+        run = check_run_directory(
+            path, parts.config, data, resume=cfg.resume, overwrite=cfg.overwrite, allow_changes=cfg.allow_changes
+        )
+        if run.checkpoint is not None:
+            check_fits(parts.model, parts.optimizer, *shapes_and_trained(run.checkpoint))
         parts.loggers.extend(instantiate(entry) for entry in cfg.logger.values())
         create_run_directory(run, parts.config, data)
         write_description(parts.model, run.model)
@@ -249,39 +147,6 @@ def _start_loggers(parts: Parts, name: str, run: RunDirectory, state: TrainState
         logger.start(run.path, name, parts.config, resumed_at)
     console = ConsoleLogger(parts.clock.total_samples, state.samples_seen)
     return LoggerGroup([JsonlLogger(run.metrics, resumed_at), console, *parts.loggers])
-
-
-def _make_callbacks(
-    cfg: DictConfig, parts: Parts, run: RunDirectory, logger: LoggerGroup, state: TrainState
-) -> tuple[list[Callback], Evaluate]:
-    clock = parts.clock
-    statistics = data_statistics(parts.loader, state.samples_seen)
-    log = LogMetrics(logger, clock.log_every_samples, parts.loader.samples_per_epoch, statistics, **parts.computing)
-    quarantine = Quarantine(
-        run.quarantine,
-        logger,
-        every_samples=(clock.log_every_samples, clock.checkpoint_every_samples),
-        max_fraction=cfg.data.max_bad_fraction,
-        missing=parts.loader.missing,
-    )
-    evaluate = Evaluate(
-        partial(measure, evaluators=parts.evaluators, time_budget_s=cfg.callbacks.evaluation_budget_s),
-        logger,
-        every_samples=clock.evaluate_every_samples,
-        results=run.results,
-        evaluators={name: evaluator.describe() for name, evaluator in parts.evaluators.items()},
-        monitor=parts.monitor,
-    )
-    # Last: when a checkpoint exists, so does all that was logged and measured before it.
-    save = SaveCheckpoint(run.checkpoints, clock.checkpoint_every_samples, cfg.callbacks.keep_checkpoints)
-    finite = FiniteCheck([clock.log_every_samples, clock.checkpoint_every_samples])
-    callbacks = [finite, log, quarantine, evaluate, save]
-    if cfg.patch_dropout:
-        until = round((1 - cfg.undropped_share) * clock.total_samples)
-        callbacks.append(PatchDropping(partial(set_patch_dropout, parts.model.clip), cfg.patch_dropout, until))
-    if cfg.profile:
-        callbacks.append(Profile(run.path / "profile"))
-    return callbacks, evaluate
 
 
 def _print_plan(run: RunDirectory, state: TrainState, clock: Clock, loader: PairLoader) -> None:

@@ -114,9 +114,10 @@ def indexing_progress() -> Iterator[Callable[[int, int], None]]:
         yield report
 
 
-def data_statistics(loader: PairLoader, position: int) -> DataStatistics:
-    """An account of the stream that goes on at ``position``."""
-    return DataStatistics(loader.samples_per_epoch, loader.seen(position), loader.source_counts)
+def data_statistics(loader: PairLoader, position: int, duplicates: str | None) -> DataStatistics:
+    """An account of the stream that goes on at ``position``, for a loss that treats ``duplicates`` so."""
+    seen = loader.seen(position)
+    return DataStatistics(loader.samples_per_epoch, seen, loader.source_counts, duplicates=duplicates)
 
 
 def train_sources(train: DictConfig) -> Any:
