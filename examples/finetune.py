@@ -18,7 +18,7 @@ from quiltnet.evaluation.prompts import PromptSet
 from quiltnet.evaluation.val_pairs import ValPairs
 from quiltnet.evaluation.zeroshot import ZeroShotClassification
 from quiltnet.model.assembly import build_model
-from quiltnet.release.hub import export_open_clip
+from quiltnet.release.exporting import export_open_clip
 from quiltnet.training.callbacks import LogMetrics
 from quiltnet.training.engine import fit, seed_everything, start_training
 from quiltnet.training.loggers import ConsoleLogger
