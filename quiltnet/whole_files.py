@@ -1,4 +1,4 @@
-"""Small files that are whole or as they were before, whatever ends the process."""
+"""Files that are whole or as they were before, whatever ends the process, and that others may read."""
 
 from __future__ import annotations
 
@@ -20,3 +20,16 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def as_any_file(path: Path) -> None:
+    """Give ``path`` the mode that a new file has here; safetensors 0.8 makes files for their owner alone.
+
+    The mode is that of a file made for it: to ask for the umask is to change it, in all threads.
+    """
+    example = path.with_name(f".{path.name[:200]}.mode")
+    example.touch()
+    try:
+        path.chmod(example.stat().st_mode & 0o777)
+    finally:
+        example.unlink()

@@ -117,5 +117,6 @@ def test_all_missing_sets_are_said_at_once(place, work, capsys):
         evaluate(place, "evaluator=[zeroshot_bach,zeroshot_mhist]", "data_root=/no")
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert "2 evaluators cannot be made" in error
+    assert "2 evaluators cannot be made" in error and "- zeroshot_bach: " in error
+    assert error.count("data_root=/no; data_root=… or QUILTNET_DATA names another place") == 1
     assert "ICIAR2018_BACH_Challenge" in error and "MHIST" in error and "Traceback" not in error

@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "model.changes": {"model.contrastive", "model.image_size"},
     "model.image_size": set(),
     "model.published_layouts": {"model.contrastive"},
-    "model.timm_folder": set(),
+    "model.timm_folder": {"model.weights"},
     "model.torchscript": set(),
     "model.towers": {"model.image_size", "model.timm_folder", "model.tokenizer", "model.weights"},
     "model.weights": {"model.torchscript"},

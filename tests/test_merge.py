@@ -136,7 +136,7 @@ def test_one_alpha_is_merged_without_a_score(models, work, monkeypatch):
         ),
         ("base wide", ["--soup", "uniform"], "different architectures"),
         ("base quick", ["--soup", "uniform"], "quick_gelu is False and True"),
-        ("base tuned", ["--soup", "uniform", "data.vall=x"], "Could not override 'data.vall'"),
+        ("base tuned", ["--soup", "uniform", "data.vall=x"], "there is no option data.vall; the nearest: data.val"),
         (
             "base tuned",
             ["--alpha", "0:1:1", *EVALUATOR[:3], "zeroshot_synthetic/auc", *OPTIONS],

@@ -56,8 +56,14 @@ def test_three_trainings_two_at_a_time(drawn_shards, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_sweep_says_how_to_go_on(number, work, monkeypatch, capsys):
     monkeypatch.setattr(SearchDriver, "run", lambda self: os.kill(os.getpid(), number))
-    with pytest.raises(SystemExit) as exit_:
-        sweep([*BASE, "total_samples=16"])
+    before = signal.signal(
+        number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    )  # of nohup
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            sweep([*BASE, "total_samples=16"])
+    finally:
+        signal.signal(number, before)
     assert exit_.value.code == 130
     assert "  quiltnet sweep sweep=optuna run_name=rates model=tiny" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import os
 import re
@@ -24,6 +25,17 @@ _PLUGINS = {
     "submitit_slurm": "; pip install hydra-submitit-launcher",
     "submitit_local": "; pip install hydra-submitit-launcher",
     "ray": "; pip install hydra-ray-launcher",
+}
+
+# What a disk may refuse, wherever it is asked; any other OSError is ours to answer for.
+_DISK = {
+    errno.EACCES: "give a place that you may read and write",
+    errno.EPERM: "give a place that you may read and write",
+    errno.EROFS: "give a place on a disk that can be written to",
+    errno.ENOSPC: "make room, or give a place on another disk",
+    errno.EDQUOT: "make room, or give a place on another disk",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOTDIR: "a part of the path is a file; give a folder",
 }
 
 # torchrun ends all ranks as soon as one has failed: the others give rank 0 this long to print its message first.
@@ -82,6 +94,9 @@ def message_for_user(error: BaseException) -> str | None:
         if isinstance(seen, UserError):
             return str(seen)
         seen = seen.__cause__
+    if isinstance(error, OSError) and error.errno in _DISK:
+        place = "" if error.filename is None else f"{str(error.filename)[:200]}: "
+        return f"{place}{error.strerror}; {_DISK[error.errno]}"
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return (
             f"{error} The usual reason is memory, or a small /dev/shm: take fewer data.train.workers or a smaller "
@@ -102,6 +117,8 @@ def message_for_user(error: BaseException) -> str | None:
 
 
 def _config_message(error: BaseException) -> str:
+    from omegaconf import errors
+
     text = str(error).strip()
     if "mismatched input '{'" in text or "token recognition error at: '{'" in text:
         return f"{text}\nA brace pattern needs Hydra's own quotes: {SHARD_QUOTES}"
@@ -118,7 +135,26 @@ def _config_message(error: BaseException) -> str:
         nearest = f"; the nearest: {', '.join(near)}" if near else ""
         hint = _open_clip_hint(name) if group == "model" else ""
         return f"there is no {group}={name}{nearest}. The options: {', '.join(options)}{hint}"
+    option = re.search(r"Could not override '([^']+)'.\nTo append to your config use (\S+)", text)
+    cause = error.__cause__
+    if option and isinstance(cause, errors.OmegaConfBaseException) and cause.parent_node is not None:
+        near = _nearest_options(option[1], cause.parent_node._get_root())
+        nearest = f"; the nearest: {', '.join(near)}" if near else ""
+        return f"there is no option {option[1]}{nearest}. --help lists all; one of your own is added by {option[2]}"
     return text
+
+
+def _nearest_options(name: str, cfg: Any) -> list[str]:
+    """Options of the same last name in another place, or else of a similar name."""
+    from omegaconf import OmegaConf
+
+    from quiltnet.cli.options import option_names
+
+    content = OmegaConf.to_container(cfg)
+    options = [option for key, value in content.items() if key != "hydra" for option in option_names(value, key)]
+    last = name.rpartition(".")[2]
+    same = [option for option in options if option.rpartition(".")[2] == last]
+    return same[:3] or difflib.get_close_matches(name, options, n=3)
 
 
 def _options_of(group: str, text: str) -> list[str]:

@@ -16,6 +16,7 @@ import typer
 import quiltnet
 from quiltnet.cli.check import print_line
 from quiltnet.errors import UserError
+from quiltnet.whole_files import as_any_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,6 +96,7 @@ def _write(out: Path, features: Tensor, metadata: Mapping[str, str]) -> None:
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         save_file({"features": features.contiguous()}, unfinished, metadata=dict(metadata))
+        as_any_file(unfinished)
         unfinished.replace(out)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -33,11 +33,18 @@ def make_evaluators(cfg: DictConfig, first: str | None = None) -> dict[str, Eval
             fault = error if isinstance(error, UserError) else error.__cause__  # Hydra wraps what a constructor raises
             if not isinstance(fault, UserError):
                 raise
-            faults.append(fault)
-    if len(faults) > 1:
-        raise UserError(f"{len(faults)} evaluators cannot be made:\n" + "\n".join(f"- {fault}" for fault in faults))
+            faults.append(f"{name}: {fault}")
     if faults:
-        raise faults[0]
+        several = len(faults) > 1
+        lines = (
+            [f"{len(faults)} evaluators cannot be made:", *(f"- {fault}" for fault in faults)] if several else faults
+        )
+        root = cfg.get("data_root")
+        if root is not None and any(f"{root}/" in fault for fault in faults):
+            lines.append(
+                f"Sets are looked for below data_root={root}; data_root=… or QUILTNET_DATA names another place"
+            )
+        raise UserError("\n".join(lines))
     return evaluators
 
 

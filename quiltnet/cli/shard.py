@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quiltnet.cli.shard_progress import continued_by_the_same_command, watch_progress
-from quiltnet.cli.shard_sources import Format, Layout, Request, check_request, open_source
+from quiltnet.cli.shard_sources import Format, Layout, Request, check_request, open_source, with_split_column
 
 
 def shard(
@@ -56,7 +56,9 @@ def shard(
         str | None, typer.Option(help="csv, --keep-list: image paths; image_path by default.")
     ] = None,
     caption_column: Annotated[str | None, typer.Option(help="csv: captions; caption by default.")] = None,
-    split_column: Annotated[str | None, typer.Option(help="csv: train, val, ...")] = None,
+    split_column: Annotated[
+        str | None, typer.Option(help="csv: train, val, ...; split by default, if there is one.")
+    ] = None,
     source_column: Annotated[str | None, typer.Option(help="csv: slide, case or article of an image.")] = None,
     source_pattern: Annotated[
         str | None, typer.Option(help="Regular expression for the source in an image path: its first group.")
@@ -105,6 +107,7 @@ def _pack(request: Request, out: Path, **options: Any) -> dict[str, Any]:
     from quiltnet.data.shards import check_target, write_shards
 
     check_request(request, out)
+    request = with_split_column(request)
     source = request.describe()
     check_target(out, overwrite=options["overwrite"], source=source)
     progress = watch_progress()

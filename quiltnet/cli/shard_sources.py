@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from itertools import count
 from pathlib import Path
@@ -52,7 +52,7 @@ FORMATS_OF = {
     "samples": ("synthetic",),
     "size": ("synthetic",),
 }
-IMAGE_COLUMN, CAPTION_COLUMN = "image_path", "caption"
+IMAGE_COLUMN, CAPTION_COLUMN, SPLIT_COLUMN = "image_path", "caption", "split"
 SAMPLES, SIZE = 1000, 224  # drawn, where nothing is said
 
 
@@ -124,6 +124,16 @@ def check_request(request: Request, out: Path) -> None:
         # What is written there would be found by the same command when it continues.
         if kind in ("folder", "webdataset") and Path(name).expanduser().resolve() in out.resolve().parents:
             raise UserError(f"--out {out} lies in --images {name}; give a folder elsewhere")
+
+
+def with_split_column(request: Request) -> Request:
+    """With a csv's column ``split`` where none was named: to leave it aside would train on what it holds out."""
+    from quiltnet.data.tables import open_table
+
+    if request.format is not Format.csv or request.split_column is not None:
+        return request
+    columns, _ = open_table(request.table, request.encoding)
+    return replace(request, split_column=SPLIT_COLUMN) if SPLIT_COLUMN in columns else request
 
 
 def _is_given(value: Any) -> bool:

@@ -21,10 +21,12 @@ class ShardPairs(Dataset):
         split: ``val``, or ``test`` where nothing may be chosen on them.
 
     Raises:
-        UserError: the shards hold fewer samples than their manifest says.
+        UserError: no shards; they hold fewer samples than their manifest says.
     """
 
-    def __init__(self, shards: ShardSpec, limit: int | None = None, split: str = "val") -> None:
+    def __init__(self, shards: ShardSpec | None, limit: int | None = None, split: str = "val") -> None:
+        if shards is None:
+            raise UserError("no held-out pairs are named; say data.val.shards=…, or in Python shards=…")
         self.split = split
         self._pairs = StoredPairs(resolve_shards(shards))
         if self._pairs.missing:

@@ -16,6 +16,7 @@ REQUIRED_COLUMNS = ("caption", "image_path", "subset", "split")
 LIST_COLUMNS = ("pathology", "roi_text", "med_umls_ids")  # lists written out as Python source
 
 VIDEO_FRAME = re.compile(r"(?P<video>[\w-]{11})_image_[0-9a-fA-F-]{36}", re.ASCII)
+SLIDE_TILE = re.compile(r"(?P<case>.+)__(?:\w+_)?L\d+(?:_\d+)*", re.ASCII)
 
 
 def quilt1m_source(
@@ -41,7 +42,7 @@ def quilt1m_source(
 
 
 def source_id(image_path: str) -> str:
-    """What an image was taken from: its video, its case (all before the last ``__``), or else itself."""
+    """What an image was taken from: its video, its case (``case__slide_L16_x_y``), or else itself."""
     stem = PurePosixPath(image_path).stem
-    frame = VIDEO_FRAME.fullmatch(stem)
-    return frame["video"] if frame else stem.rpartition("__")[0] or stem
+    found = VIDEO_FRAME.fullmatch(stem) or SLIDE_TILE.fullmatch(stem)
+    return found[1] if found else stem

@@ -148,6 +148,8 @@ def require_columns(names: Sequence[str], table: str | Path, required: Sequence[
     missing = [column for column in dict.fromkeys(required) if column not in names]
     if missing:
         hint = "; columns are told apart by commas in a .csv, by tabs in a .tsv" if len(names) == 1 else ""
+        if len(names) == 1 and ";" in names[0]:
+            hint += "; this one has semicolons, as Excel writes where a comma is the decimal sign: save it with commas"
         raise UserError(f"{table} has no column {', '.join(missing)}; its columns are {', '.join(names)}{hint}")
 
 

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 
 from quiltnet.data.tar_members import Member, TarMembers
 from quiltnet.errors import UserError
+from quiltnet.whole_files import as_any_file
 
 # webdataset's convention: the key ends at the first dot of the base name, and keeps its folders.
 MEMBER_NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")
@@ -205,7 +206,7 @@ def _write(file: Path, identity: str, tensors: dict[str, np.ndarray], facts: dic
     os.close(descriptor)
     try:
         save_file(tensors, temporary, metadata={"identity": identity, **facts})
-        os.chmod(temporary, 0o644)
+        as_any_file(Path(temporary))
         os.replace(temporary, file)
     except BaseException as error:
         os.unlink(temporary)

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quiltnet.whole_files import as_any_file
+
 
 class FeatureCache:
     """One safetensors file a set, model, transform and precision: a key is a hash of all of these.
@@ -38,6 +40,7 @@ class FeatureCache:
         # As bytes and not as metadata, of which safetensors takes no more than 100 MB.
         text = torch.frombuffer(bytearray(json.dumps(rest).encode()), dtype=torch.uint8)
         save_file({"features": features.contiguous(), "rest": text}, unfinished)
+        as_any_file(unfinished)
         unfinished.rename(self._file(key))
 
     def _file(self, key: str) -> Path:

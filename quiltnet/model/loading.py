@@ -11,7 +11,7 @@ from quiltnet.model.changes import Changes
 from quiltnet.model.contrastive import ContrastiveModel
 from quiltnet.model.folder import find_weights, read_description
 from quiltnet.model.published_layouts import is_openai, known_bert, openai_description
-from quiltnet.model.weights import read_weights, resolve_path
+from quiltnet.model.weights import described_by, read_weights, resolve_path
 
 AS_IT_IS = Changes()
 
@@ -24,19 +24,20 @@ def load_folder(
     Adapters (LoRA) of a run's folder are added to the weights they belong to: the model is one without.
     """
     folder = resolve_path(str(folder))
-    description = read_description(folder)
-    file = Path(weights) if weights else find_weights(folder)
-    tensors = read_weights(file)
-    changes.apply(description)
-    model = assemble(
-        description,
-        build_tokenizer(description),
-        batchnorm=changes.batchnorm,
-        text_config=known_bert(description.model_cfg["text_cfg"].get("hf_model_name"), tensors),
-    )
-    tuning = read_adapters(folder)
-    if tuning is not None:
-        apply_tuning(model, tuning)
+    with described_by(folder):
+        description = read_description(folder)
+        file = Path(weights) if weights else find_weights(folder)
+        tensors = read_weights(file)
+        changes.apply(description)
+        model = assemble(
+            description,
+            build_tokenizer(description),
+            batchnorm=changes.batchnorm,
+            text_config=known_bert(description.model_cfg["text_cfg"].get("hf_model_name"), tensors),
+        )
+        tuning = read_adapters(folder)
+        if tuning is not None:
+            apply_tuning(model, tuning)
     load_model_weights(model, tensors, str(file), resize=changes.resize)
     return model if tuning is None else _without_adapters(model)
 
@@ -53,9 +54,10 @@ def load_openai(file: Path, *, changes: Changes = AS_IT_IS) -> ContrastiveModel:
             f"{file} holds tensors that do not say which model they are of; say it yourself: model=ViT-B-32 "
             f"model.pretrained={file} model.quick_gelu=false, or give the folder that the file lies in"
         )
-    description = openai_description(tensors)
-    changes.apply(description)
-    model = assemble(description, build_tokenizer(description), batchnorm=changes.batchnorm)
+    with described_by(file):
+        description = openai_description(tensors)
+        changes.apply(description)
+        model = assemble(description, build_tokenizer(description), batchnorm=changes.batchnorm)
     load_model_weights(model, tensors, str(file), resize=changes.resize)
     return model
 

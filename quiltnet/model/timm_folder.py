@@ -16,6 +16,7 @@ import timm
 from timm.layers import to_2tuple
 
 from quiltnet.errors import UserError
+from quiltnet.model.weights import described_by
 
 FOLDER_NAME = "timm"
 LOCAL_PREFIX = "local-dir:"
@@ -52,16 +53,17 @@ def read_timm_folder(folder: Path) -> dict[str, Any]:
             f"{config} is no description of a timm model ({type(error).__name__}: {error}); give a folder with timm's "
             "config.json, or a timm model's name"
         ) from error
-    if not timm.is_model(architecture):
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise UserError(f"{config} names {architecture!r}, which this version of timm does not know")
-    args = content.get("model_args") or {}
-    preprocessing = {**timm.get_pretrained_cfg(architecture).to_dict(), **(content.get("pretrained_cfg") or {})}
-    found = {
-        "timm_model_name": architecture,
-        "image_size": args.get("img_size", preprocessing["input_size"][-1]),
-        "mean": tuple(preprocessing["mean"]),
-        "std": tuple(preprocessing["std"]),
-    }
+    with described_by(config):
+        args = dict(content.get("model_args") or {})
+        preprocessing = {**timm.get_pretrained_cfg(architecture).to_dict(), **(content.get("pretrained_cfg") or {})}
+        found = {
+            "timm_model_name": architecture,
+            "image_size": args.get("img_size", preprocessing["input_size"][-1]),
+            "mean": tuple(preprocessing["mean"]),
+            "std": tuple(preprocessing["std"]),
+        }
     if kept := {name: value for name, value in args.items() if name not in _NOT_ARGS}:
         found["timm_model_args"] = kept
     return found

@@ -21,7 +21,7 @@ from quiltnet.model.changes import Changes
 from quiltnet.model.contrastive import ContrastiveModel, Description
 from quiltnet.model.tokenizer import Tokenizer, bpe_tokenizer, hugging_face_tokenizer
 from quiltnet.model.transformers_weights import open_clip_weights
-from quiltnet.model.weights import read_weights
+from quiltnet.model.weights import described_by, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ def is_transformers_clip(folder: Path) -> bool:
         config = json.loads((folder / CONFIG_NAME).read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and ARCHITECTURE in (config.get("architectures") or ())
+    named = config.get("architectures") if isinstance(config, dict) else None
+    return isinstance(named, list) and ARCHITECTURE in named
 
 
 def load_transformers_clip(folder: Path, *, changes: Changes | None = None) -> ContrastiveModel:
@@ -58,22 +59,23 @@ def load_transformers_clip(folder: Path, *, changes: Changes | None = None) -> C
         UserError: a part is missing, or is such that open_clip has no equal for it.
     """
     config = _read_config(folder)
-    model_cfg = {
-        "embed_dim": config.projection_dim,
-        "quick_gelu": _quick_gelu(config, folder),
-        "vision_cfg": _vision_cfg(config.vision_config, folder),
-        "text_cfg": _text_cfg(config.text_config),
-    }
-    weights = open_clip_weights(_read_weights(folder))
-    if (bias := getattr(config, LOGIT_BIAS_KEY, None)) is not None:
-        model_cfg[LOGIT_BIAS_KEY] = bias
-        weights["logit_bias"] = torch.tensor(float(bias))
-    _check_patch_size(folder, config, weights)
-    description = Description(model_cfg, _preprocess_cfg(folder, model_cfg["vision_cfg"]["image_size"]))
     changes = changes or Changes()
-    changes.apply(description)
-    tokenize = _tokenizer(folder, model_cfg["text_cfg"])
-    model = assemble(description, tokenize, batchnorm=changes.batchnorm)
+    with described_by(folder):
+        model_cfg = {
+            "embed_dim": config.projection_dim,
+            "quick_gelu": _quick_gelu(config, folder),
+            "vision_cfg": _vision_cfg(config.vision_config, folder),
+            "text_cfg": _text_cfg(config.text_config),
+        }
+        weights = open_clip_weights(_read_weights(folder))
+        if (bias := getattr(config, LOGIT_BIAS_KEY, None)) is not None:
+            model_cfg[LOGIT_BIAS_KEY] = bias
+            weights["logit_bias"] = torch.tensor(float(bias))
+        _check_patch_size(folder, config, weights)
+        description = Description(model_cfg, _preprocess_cfg(folder, model_cfg["vision_cfg"]["image_size"]))
+        changes.apply(description)
+        tokenize = _tokenizer(folder, model_cfg["text_cfg"])
+        model = assemble(description, tokenize, batchnorm=changes.batchnorm)
     load_model_weights(model, weights, str(folder), resize=changes.resize)
     return model
 

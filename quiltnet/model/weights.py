@@ -12,6 +12,7 @@ from urllib.request import getproxies
 
 import open_clip
 from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
 from quiltnet.errors import UserError
@@ -57,6 +58,32 @@ def read_weights(path: Path, *, torchscript: bool = False) -> dict[str, Tensor]:
         raise UserError(
             f"{path} cannot be read as weights ({type(error).__name__}: {error}); "
             "give a .safetensors file, or a .pt / .bin file that holds tensors only"
+        ) from error
+
+
+@contextmanager
+def described_by(place: Path) -> Iterator[None]:
+    """Around whatever is built as a file or folder of others describes it, which may describe nothing at all.
+
+    Raises:
+        UserError: in place of the dozen types by which open_clip, timm and transformers refuse a description.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"{place} does not describe a model that can be built ({words}); get it anew, or mend what it says"
         ) from error
 
 
@@ -111,7 +138,7 @@ def hub_access(needed: str, remedy: str) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = not _resolves(host)
     try:
         yield
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{needed} could not be fetched from {host} ({first_line}); {remedy}") from error
     finally:

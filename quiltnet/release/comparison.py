@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from quiltnet.errors import UserError
 from quiltnet.model.contrastive import ContrastiveModel
 
 LIMIT = 1e-4
@@ -75,7 +77,7 @@ class Reference:
     def features_difference(self, image_features: Tensor, text_features: Tensor) -> float:
         """The largest, of any place in any vector; theirs need not be of unit length."""
         pairs = ((self.image_features, image_features), (self.text_features, text_features))
-        return max(largest_difference(ours, F.normalize(theirs.float(), dim=-1)) for ours, theirs in pairs)
+        return largest_of([largest_difference(ours, F.normalize(theirs.float(), dim=-1)) for ours, theirs in pairs])
 
     def check_ids(self, library: str, ids: Sequence[Sequence[int]]) -> None:
         """Raises NotEqual where captions became other tokens; ``ids`` without padding."""
@@ -90,17 +92,27 @@ class Reference:
 
 @torch.no_grad()
 def take_reference(model: ContrastiveModel) -> Reference:
+    """
+    Raises:
+        UserError: the model's features are NaN or infinite, which would equal nothing, and serve nobody.
+    """
     images = sample_images(model.image_size)
     pixels = torch.stack([model.transform(image) for image in images])
     text, lengths = model.tokenize.measure(CAPTIONS)
+    features = {"image": model.encode_image(pixels), "text": model.encode_text(text)}
+    if broken := [tower for tower, rows in features.items() if not rows.isfinite().all()]:
+        raise UserError(
+            f"the {' and '.join(broken)} tower's features are not finite numbers, so its weights hold NaN or infinity, "
+            "or overflow; export an earlier checkpoint"
+        )
     return Reference(
         images,
         CAPTIONS,
         pixels,
         text,
         lengths.clamp(max=text.shape[1]).tolist(),
-        model.encode_image(pixels),
-        model.encode_text(text),
+        features["image"],
+        features["text"],
         model.clip.logit_scale.item(),
     )
 
@@ -116,6 +128,11 @@ def sample_images(image_size: int | tuple[int, int]) -> list[Image.Image]:
     draw = np.random.default_rng(0)
     images = [Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
     return [*images, images[1].convert("L")]
+
+
+def largest_of(differences: Sequence[float]) -> float:
+    """NaN where one is; ``max`` passes over it, as the first is not less than NaN."""
+    return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
 def largest_difference(ours: Tensor, theirs: Tensor) -> float:

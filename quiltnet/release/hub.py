@@ -49,7 +49,7 @@ def load_model(
     Args:
         image_size, context_length: in place of the model's; position embeddings are resized, and a line says so.
         init_logit_bias: give the model the bias that SigLIP's loss adds, with this value, unless it has one.
-        batchnorm: ``frozen`` keeps pretrained statistics in training, ``train`` updates them.
+        batchnorm: in training: as in ``Changes``.
 
     Raises:
         UserError: no such model, weights that are not those of its description, a run without averaged weights, a size

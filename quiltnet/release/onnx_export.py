@@ -15,7 +15,7 @@ from quiltnet import __version__
 from quiltnet.errors import UserError
 from quiltnet.model.contrastive import ContrastiveModel
 from quiltnet.model.text_forward import encode_causal_text, is_causal, padding_is_idle
-from quiltnet.release.comparison import LIMIT, Comparison, Reference, largest_difference
+from quiltnet.release.comparison import LIMIT, Comparison, Reference, largest_difference, largest_of
 from quiltnet.release.tokenizer_files import write_tokenizer
 
 LIBRARY = "onnxruntime"
@@ -134,7 +134,7 @@ def compare_with_onnx(reference: Reference, folder: Path) -> list[Comparison]:
         for size in _BATCH_SIZES:
             features = [session.run(None, {key: part.numpy()})[0] for part in given.split(size)]
             differences.append(largest_difference(expected, torch.cat([torch.from_numpy(part) for part in features])))
-    return [Comparison(LIBRARY, max(differences), LIMIT, "embeddings, one at a time and batches of 3")]
+    return [Comparison(LIBRARY, largest_of(differences), LIMIT, "embeddings, one at a time and batches of 3")]
 
 
 def _write_graph(

@@ -16,6 +16,7 @@ from quiltnet.model.timm_folder import FOLDER_NAME as TIMM_FOLDER
 from quiltnet.model.timm_folder import LOCAL_PREFIX
 from quiltnet.release.comparison import LIMIT, Comparison, Reference
 from quiltnet.release.tokenizer_files import write_tokenizer
+from quiltnet.whole_files import as_any_file
 
 LIBRARY = "open_clip"
 
@@ -31,6 +32,7 @@ def write_open_clip(model: ContrastiveModel, folder: Path, *, half: bool = False
     if half:
         weights = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    as_any_file(folder / WEIGHTS_NAME)
 
 
 def name_repository(folder: Path, repository: str) -> None:

@@ -26,6 +26,7 @@ from quiltnet.release.comparison import (
 )
 from quiltnet.release.tokenizer_files import write_tokenizer
 from quiltnet.release.transformers_layout import image_processor, transformers_config
+from quiltnet.whole_files import as_any_file
 
 LIBRARY = "transformers"
 _TEXT_PREFIX = "text."  # of open_clip's CustomTextCLIP, whose text tower is a module of its own
@@ -45,6 +46,7 @@ def write_transformers(model: ContrastiveModel, folder: Path, *, half: bool = Fa
     # Halves, thirds and transposed matrices are views, which safetensors does not write.
     weights = {name: tensor.to(dtype).clone().contiguous() for name, tensor in transformers_weights(own).items()}
     save_file(weights, folder / WEIGHTS_NAMES[0], metadata={"format": "pt"})
+    as_any_file(folder / WEIGHTS_NAMES[0])
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from quiltnet.errors import UserError
 from quiltnet.training.checkpoint_manifest import check_files, write_manifest
 from quiltnet.training.random_state import random_states_as_text, random_states_from_text
 from quiltnet.training.tensor_tree import join_tensors, split_tensors
+from quiltnet.whole_files import as_any_file
 
 log = logging.getLogger(__name__)
 
@@ -231,6 +232,7 @@ def _write_files(folder: Path, state: dict[str, Any]) -> None:
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        as_any_file(path)
     except SafetensorError as error:  # its word for a full disk as well
         raise OSError(f"{path.name}: {error}") from error
 

@@ -105,6 +105,7 @@ def test_missing_column_lists_those_there_are(tmp_path):
 def test_source_of_other_names():
     assert source_id("mucinous__HE2__L16_1_2.jpg") == "mucinous__HE2"
     assert source_id("plain.jpg") == "plain"
+    assert source_id("lc25000__colonca12.jpeg") == "lc25000__colonca12", "a name of a set is no case"
     assert source_id("short_image_0760643c-9d0c-4bf2-8a6e-5f1a3b0c7d21.jpg").startswith("short_image")
 
 

@@ -65,6 +65,17 @@ def test_csv(table, tmp_path):
     assert "rejected rows: 1 missing_image, 1 null_caption" in output
 
 
+def test_a_column_called_split_is_used_unasked(table, tmp_path):
+    table.write_text(table.read_text().replace("part", "split"))
+    arguments = [*CSV, "--table", table, "--images", tmp_path, "--out"]
+    run(*arguments, tmp_path / "all")
+    manifest = read_manifest(tmp_path / "all")
+    assert list(manifest["splits"]) == ["train", "val"]
+    assert manifest["source"]["split_column"] == "split"
+    run(*arguments, tmp_path / "val", "--split", "val")
+    assert list(read_manifest(tmp_path / "val")["splits"]) == ["val"]
+
+
 def test_split_and_overwrite(table, tmp_path):
     arguments = [*CSV, "--table", table, "--images", tmp_path, "--out", tmp_path / "out"]
     run(*arguments, "--split-column", "part", "--split", "val")

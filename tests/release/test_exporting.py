@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 
 import numpy as np
@@ -18,7 +19,7 @@ from quiltnet.errors import UserError
 from quiltnet.model.adapters import Tuning, apply_tuning
 from quiltnet.model.assembly import build_model
 from quiltnet.release import exporting, open_clip_export
-from quiltnet.release.comparison import Comparison, NotEqual
+from quiltnet.release.comparison import Comparison, NotEqual, take_reference
 from quiltnet.release.exporting import export_model, export_open_clip
 from quiltnet.release.hub import Embedder
 from quiltnet.release.open_clip_export import name_repository
@@ -102,6 +103,33 @@ def test_weights_that_were_changed_on_the_way_are_noticed(tmp_path, monkeypatch)
     monkeypatch.setattr(open_clip_export, "save_file", save_another_scale)
     with pytest.raises(NotEqual, match="has the logit_scale"):
         export_open_clip(tiny_model(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("tower", ["visual.proj", "text_projection"])
+def test_weights_that_are_no_numbers_are_not_exported(tmp_path, tower):
+    model = tiny_model()
+    with torch.no_grad():
+        model.clip.get_parameter(tower)[0, 0] = torch.nan
+    with pytest.raises(UserError, match="features are not finite numbers"):
+        export_open_clip(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_features_that_are_lost_in_one_tower_alone_do_not_pass():
+    reference = take_reference(tiny_model())
+    image, text = reference.image_features, reference.text_features
+    for features in ((image, torch.full_like(text, torch.nan)), (torch.full_like(image, torch.nan), text)):
+        assert not Comparison("nobody", reference.features_difference(*features), 1, "embeddings").passed
+
+
+def test_an_export_is_for_whoever_may_read_its_folder(tmp_path):
+    before = os.umask(0o027)
+    try:
+        export_model(tiny_model(), tmp_path / "out", formats=["open_clip", "transformers"])
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert set(modes.values()) == {"0o640"}, modes
 
 
 def test_what_exists_is_replaced_only_by_a_whole_export_and_when_asked(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 
 import pytest
@@ -210,9 +212,43 @@ def test_features_are_the_same_whatever_the_batches():
     [
         ("nowhere", "is no model: give a run directory"),
         ("hub:some/model", r"the model some/model could not be fetched.*give a local folder"),
+        ("hub:some/model/of", r"some/model/of could not be fetched.*Repo id must be"),
         ("ViT-B-99:openai", "unknown architecture"),
     ],
 )
 def test_what_is_no_model_is_said_with_what_would_be(source, message):
     with pytest.raises(UserError, match=f"(?s){message}"):
         quiltnet.load(source)
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "path", "value"),
+    [
+        ("open_clip", "open_clip_config.json", "preprocess_cfg", None),
+        ("open_clip", "open_clip_config.json", "preprocess_cfg mean", "bright"),
+        ("open_clip", "open_clip_config.json", "model_cfg text_cfg heads", 0),
+        ("open_clip", "open_clip_config.json", "model_cfg text_cfg layers", 0),
+        ("transformers", "config.json", "vision_config patch_size", []),
+        ("transformers", "config.json", "architectures", 3),
+        ("transformers", "preprocessor_config.json", "image_mean", None),
+        ("transformers", "preprocessor_config.json", "size", 1.5),
+        ("transformers", "model.safetensors.index.json", "weight_map", None),
+    ],
+)
+def test_a_description_of_nothing_is_told_without_a_traceback(tmp_path, layout, file, path, value):
+    folder = tmp_path / "model"
+    if layout == "open_clip":
+        export_open_clip(tiny_model(), folder)
+    else:
+        save_clip(small_clip(), folder)
+    if file.endswith(".index.json"):
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        (folder / file).write_text("{}")
+    place = content = json.loads((folder / file).read_text())
+    *above, last = path.split()
+    for key in above:
+        place = place[key]
+    place[last] = value
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=re.escape(str(folder))):
+        quiltnet.load(folder)
