@@ -30,7 +30,7 @@ lc25000: $(VENV)/demo-installed ## LC25000: fine-tune, and compare with the star
 		data.val.shards=shards/lc25000/val output=docs/lc25000 overwrite=true
 
 test: $(VENV)/test-installed ## set-up, then the tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/dev-installed ## set-up, then formatting and lint
 	$(BIN)/ruff format --check .

@@ -19,7 +19,7 @@ HF_DATASETS = ["datasets>=3.0"]  # labelled sets that the Hugging Face library w
 SWEEP = ["optuna>=5.0", "plotly>=5.0", "psutil", "sqlalchemy"]  # quiltnet sweep; optuna draws with plotly
 SLURM = ["hydra-submitit-launcher>=1.2", "submitit"]  # launcher=submitit_slurm and submitit_local
 ONNX = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.3"]  # quiltnet export --format onnx
-TOOLS = ["pytest>=8", "pytest-xdist>=3.5", "scikit-learn>=1.4", "setuptools>=77", "tensorboard", "torchmetrics>=1.4"]
+TOOLS = ["pytest>=8", "pytest-xdist>=3.7", "scikit-learn>=1.4", "setuptools>=77", "tensorboard", "torchmetrics>=1.4"]
 TEST = [*DEMO, *HF_DATASETS, *ONNX, *SLURM, *SWEEP, *TOOLS]
 
 setup(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -12,16 +13,28 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Imported once, by the process that all ranks are forked from: each would need seconds for them.
+multiprocessing.set_forkserver_preload(["quiltnet.model.assembly", "quiltnet.training.engine", "tests.model.towers"])
+
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """What ``function(*args)`` returns on each of ``world_size`` ranks; it must be importable (module level)."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_entry, args=(world_size, folder, function, args), nprocs=world_size)
+        job = (world_size, folder, dict(os.environ), function, args)
+        mp.start_processes(_entry, job, nprocs=world_size, start_method="forkserver")
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _entry(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _entry(
+    rank: int,
+    world_size: int,
+    folder: str,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
     torch.set_num_threads(1)
+    os.environ.update(environment)
     # What torchrun would set: accelerate reads the environment, the group itself meets in a file (no port to be taken).
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
