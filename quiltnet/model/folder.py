@@ -22,6 +22,7 @@ from quiltnet.model.timm_folder import (
     TIMM_KEYS,
     needs_timm_folder,
     read_timm_folder,
+    window_args,
     write_timm_folder,
 )
 
@@ -93,7 +94,8 @@ def write_description(model: ContrastiveModel, folder: Path, *, final: Path | No
     model_cfg = deepcopy(model.description.model_cfg)
     vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     if vision_cfg.get("timm_model_name") and needs_timm_folder(vision_cfg, model.clip.visual.trunk):
-        write_timm_folder(vision_cfg, folder / FOLDER_NAME, model.image_size)
+        trunk = model.clip.visual.trunk
+        write_timm_folder(vision_cfg, folder / FOLDER_NAME, model.image_size, **window_args(trunk))
         vision_cfg.pop("timm_model_args", None)
         vision_cfg["timm_model_name"] = f"{LOCAL_PREFIX}{place}/{FOLDER_NAME}"
     if text_cfg.get("hf_model_name"):

@@ -41,17 +41,19 @@ def fit_image_size(visual: TimmModel, image_size: int | tuple[int, int], *, is_p
     """A timm tower is built at its own image size whatever the configuration says; set it, or say why not.
 
     Raises:
-        UserError: the size is no multiple of the tower's patch, or the architecture is for other sizes only.
+        UserError: the size is no multiple of the tower's patch, the architecture is for other sizes only, or its
+            features are not those that open_clip's head expects.
     """
     sides, patches = to_2tuple(image_size), getattr(visual.trunk, "patch_embed", None)
     built_size = tuple(getattr(patches, "img_size", None) or visual.trunk.pretrained_cfg["input_size"][1:])
-    if built_size == tuple(sides):
+    if built_size == tuple(sides) and patches is not None:
         return
     if getattr(patches, "img_size", None) is not None:
         _check_patches(sides, patches.patch_size)
     before = getattr(patches, "grid_size", None)
     try:
-        visual.set_input_size(sides)
+        if built_size != tuple(sides):
+            visual.set_input_size(sides)
         if before is None or not hasattr(visual.trunk, "set_input_size"):
             _see_one_image(visual, sides)
     except (
@@ -63,6 +65,8 @@ def fit_image_size(visual: TimmModel, image_size: int | tuple[int, int], *, is_p
         TypeError,
         ValueError,
     ) as error:
+        if built_size == tuple(sides):
+            raise UserError(f"open_clip has no use for this timm tower ({error}); choose another") from error
         raise UserError(
             f"image_size={image_size} does not suit this timm tower ({error}); it is made for {built_size[0]}"
         ) from error

@@ -14,6 +14,8 @@ from typing import Any
 
 import timm
 from timm.layers import to_2tuple
+from timm.models.swin_transformer import SwinTransformer
+from torch import nn
 
 from quiltnet.errors import UserError
 from quiltnet.model.weights import described_by
@@ -23,6 +25,7 @@ LOCAL_PREFIX = "local-dir:"
 CONFIG_NAME = "config.json"
 TIMM_KEYS = ("timm_model_name", "timm_model_args")
 WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
+WINDOWS = "window_size"
 # Options that open_clip, or image_size, has the say over.
 _NOT_ARGS = {"img_size", "num_classes", "global_pool", "in_chans"}
 
@@ -87,9 +90,16 @@ def needs_timm_folder(vision_cfg: Mapping[str, Any], trunk: Any) -> bool:
     return size is not None and tuple(size) != tuple(default)
 
 
-def write_timm_folder(vision_cfg: Mapping[str, Any], folder: Path, image_size: Any = None) -> None:
-    """Write what makes timm build this tower, with its options, and at ``image_size`` where given."""
-    args = deepcopy(dict(vision_cfg.get("timm_model_args") or {}))
+def window_args(trunk: nn.Module) -> dict[str, Any]:
+    """Swin's windows, stage by stage: they were scaled with the image, which timm, given its size, does not do."""
+    if not isinstance(trunk, SwinTransformer):
+        return {}
+    return {WINDOWS: [list(stage.blocks[0].attn.window_size) for stage in trunk.layers]}
+
+
+def write_timm_folder(vision_cfg: Mapping[str, Any], folder: Path, image_size: Any = None, **more: Any) -> None:
+    """Write what makes timm build this tower, with its options and ``more``, and at ``image_size`` where given."""
+    args = {**deepcopy(dict(vision_cfg.get("timm_model_args") or {})), **more}
     if image_size is not None:
         args["img_size"] = image_size
     name = vision_cfg["timm_model_name"]

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from quiltnet.errors import UserError
 from quiltnet.model.image_size import check_image_size, fit_image_size
-from quiltnet.model.timm_folder import LOCAL_PREFIX, write_timm_folder
+from quiltnet.model.timm_folder import LOCAL_PREFIX, WINDOWS, write_timm_folder
 from quiltnet.model.tokenizer import refused_code
 from quiltnet.model.weights import hub_access
 
@@ -56,7 +56,9 @@ def build_clip(
             _refuse_code(text_tower)
         if vision_cfg.get("timm_model_args"):
             folder = stack.enter_context(TemporaryDirectory())
-            write_timm_folder(vision_cfg, Path(folder))
+            # Windows are those of the image size; stretched to it afterwards they would be others.
+            image_size = vision_cfg.get("image_size") if WINDOWS in vision_cfg["timm_model_args"] else None
+            write_timm_folder(vision_cfg, Path(folder), image_size)
             vision_cfg["timm_model_name"] = f"{LOCAL_PREFIX}{folder}"
         args = vision_cfg.pop("timm_model_args", None)
         try:

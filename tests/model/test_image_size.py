@@ -86,6 +86,17 @@ def test_windows_and_positions_of_the_image_without_patches(tmp_path, name):
     assert load_model(tmp_path / "out").image_size == 128
 
 
+def test_swins_windows_are_kept_by_an_export_and_a_reload(tmp_path):
+    small = {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2]}
+    swin = {"timm_model_name": "swin_tiny_patch4_window7_224", "timm_model_args": small, "timm_pool": "avg"}
+    model = build({**swin, "image_size": 128})
+    assert [stage.blocks[0].window_size for stage in model.clip.visual.trunk.layers] == [(4, 4), (4, 4)], "7 of 224"
+    assert export_open_clip(model, tmp_path / "out") <= 1e-5
+    again, image = load_model(tmp_path / "out"), torch.rand(1, 3, 128, 128)
+    assert torch.equal(again.eval().encode_image(image), model.eval().encode_image(image))
+    assert export_open_clip(load_model(tmp_path / "out", image_size=64), tmp_path / "small") <= 1e-5
+
+
 def test_timms_own_weights_at_another_size_are_told(monkeypatch, caplog):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: create(name, **options))
@@ -108,6 +119,7 @@ def test_images_need_not_be_square(tmp_path):
         (RESNET, 70, "by the patch of 32 pixels; the nearest sizes: 64 and 96"),
         (TINY_VIT, 100, "image_size=100 is not divisible by the patch of 16 pixels; the nearest sizes: 96 and 112"),
         (LEVIT, 256, "does not suit this timm tower .*it is made for 224"),
+        ({"timm_model_name": "efficientvit_b0", "timm_pool": "avg"}, None, "open_clip has no use for this timm tower"),
         (TINY_IMAGE, 0, r"must be a side in pixels, such as 224, or \[height, width\]"),
         (TINY_IMAGE, "large", "must be a side in pixels"),
         (TINY_VIT, [64], "must be a side in pixels"),
