@@ -30,6 +30,7 @@ from quiltnet.training.checkpoint import (
     put_back_replaced,
     reasons,
 )
+from quiltnet.whole_files import write_whole
 
 # What may differ between a run and its continuation: how it is started and watched, not what it computes.
 _MAY_CHANGE = {
@@ -134,8 +135,9 @@ def create_run_directory(run: RunDirectory, config: Mapping[str, Any], data: Map
         if run.replaces:
             delete_run_directory(run.path)
         run.path.resolve().mkdir(parents=True, exist_ok=True)
-        _write_whole(run.path / CONFIG_NAME, OmegaConf.to_yaml(OmegaConf.create(redact_config(config))))
-        _write_whole(run.path / ENVIRONMENT_NAME, json.dumps(environment, indent=2) + "\n")
+        # A run whose configuration is cut off, by a kill or a full disk, could never go on.
+        write_whole(run.path / CONFIG_NAME, OmegaConf.to_yaml(OmegaConf.create(redact_config(config))))
+        write_whole(run.path / ENVIRONMENT_NAME, json.dumps(environment, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{run.path} cannot be written ({error}); free space, or choose another place") from error
 
@@ -265,16 +267,6 @@ def _compare_data(run: Path, given: dict[str, Any], allow_changes: bool) -> None
             f"{now_loaders} now: some samples of this epoch will come twice and others not at all",
             file=sys.stderr,
         )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A run whose configuration is cut off, by a kill or a full disk, could never go on."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

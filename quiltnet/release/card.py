@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from quiltnet.release.card_sections import (
 from quiltnet.release.card_text import parts_of, plain, replace_part, yours
 from quiltnet.release.card_use import has_use_section, libraries_of, use_section
 from quiltnet.release.run_files import RunFiles
+from quiltnet.whole_files import write_whole
 
 CARD_NAME = "README.md"
 # What stands in the owner's parts until the owner writes there.
@@ -155,7 +155,6 @@ def join_cards(card: str, previous: ModelCard) -> str:
 
 def save_card(card: str, folder: Path) -> Path:
     """Whole or not at all: a card that was there stays until the new one is written."""
-    path, unfinished = folder / CARD_NAME, folder / f".{CARD_NAME}.partial"
-    unfinished.write_text(redact(card), encoding="utf-8")
-    os.replace(unfinished, path)
+    path = folder / CARD_NAME
+    write_whole(path, redact(card))
     return path

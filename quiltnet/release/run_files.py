@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from quiltnet.errors import UserError
+from quiltnet.whole_files import write_whole
 
 CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
@@ -95,9 +96,7 @@ def add_changes(results: Path, changes: Mapping[str, tuple[float, float, float]]
     """
     finite = {name: list(change) for name, change in changes.items() if all(map(math.isfinite, change))}
     content = {**read_json(results), "changes": finite}
-    temporary = results.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(results)
+    write_whole(results, json.dumps(content, indent=2) + "\n")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

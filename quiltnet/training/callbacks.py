@@ -20,6 +20,7 @@ from quiltnet.training.engine import Callback, Pairs, TrainState
 from quiltnet.training.flops import peak_memory_gib
 from quiltnet.training.loggers import LoggerGroup
 from quiltnet.training.stopping import EvaluationCut
+from quiltnet.whole_files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -236,10 +237,8 @@ class Evaluate(Callback):
             "outcomes": self._outcomes_as_json,
             "evaluators": self.evaluators,
         }
-        temporary = self.results.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            temporary.rename(self.results)
+            write_whole(self.results, json.dumps(content, indent=2) + "\n")
         except OSError as error:  # a full disk: whether training goes on is for the saving of checkpoints to say
             log.warning("%s could not be written (%s); the numbers are in the log", self.results, error)
 
