@@ -51,6 +51,10 @@ SECOND = Recipe(
 )
 THIRD = replace(SECOND, layer_decay=0.9)
 OURS = replace(THIRD, batchnorm="adapted", lr=5e-4)
+CROPPED = replace(OURS, view=replace(OURS.view, crop_scale=(0.5, 1.0)))
+TWO_VIEWS = replace(CROPPED.view, views=2)
+FASTER = replace(CROPPED, lr=1e-3)
+FOURTH = replace(FASTER, logit_scale_lr_factor=10.0)
 CANDIDATES = {
     "open_clip, lr 3e-4": peer(3e-4),
     "open_clip, lr 5e-4": peer(5e-4),
@@ -70,11 +74,30 @@ CANDIDATES = {
     "third, image rate x0.5": replace(THIRD, image_lr_factor=0.5),
     "third, adapted BatchNorm": replace(THIRD, batchnorm="adapted"),
     "third, adapted BatchNorm, lr 5e-4": OURS,
-    "ours, crops of 50 to 100 %": replace(OURS, view=replace(OURS.view, crop_scale=(0.5, 1.0))),
+    "ours, crops of 50 to 100 %": CROPPED,
     "ours, projections x3": replace(OURS, projection_lr_factor=3.0),
     "ours, batches of 32": replace(OURS, batch_size=32),
     "ours, projections x10, towers after 512": replace(
         OURS, projection_lr_factor=10.0, image_thaw_samples=512, text_thaw_samples=512
+    ),
+    "ours, text rate x0.3": replace(OURS, text_lr_factor=0.3),
+    "ours, text rate x0.1": replace(OURS, text_lr_factor=0.1),
+    "ours, label smoothing 0.1": replace(OURS, label_smoothing=0.1),
+    # "third, adapted BatchNorm" is ours at 1e-3.
+    "ours, lr 1e-3, label smoothing 0.1": replace(OURS, lr=1e-3, label_smoothing=0.1),
+    "ours, lr 1e-3, logit scale x10": replace(OURS, lr=1e-3, logit_scale_lr_factor=10.0),
+    "ours, lr 1e-3, logit scale x10, batches of 32": replace(OURS, lr=1e-3, logit_scale_lr_factor=10.0, batch_size=32),
+    "cropped, lr 1e-3": FASTER,
+    "cropped, lr 1e-3, batches of 32": replace(FASTER, batch_size=32),
+    "cropped, lr 1e-3, two views": replace(FASTER, image_image_weight=0.5, view=TWO_VIEWS),
+    "cropped, lr 2e-3": replace(FASTER, lr=2e-3),
+    "cropped, lr 1e-3, logit scale x10": FOURTH,
+    "cropped, lr 1e-3, logit scale x30": replace(FOURTH, logit_scale_lr_factor=30.0),
+    "cropped, lr 1e-3, logit scale x10, label smoothing 0.1": replace(FOURTH, label_smoothing=0.1),
+    "cropped, lr 1e-3, logit scale x10, batches of 32": replace(FOURTH, batch_size=32),
+    "cropped, lr 7e-4, logit scale x10, batches of 32": replace(FOURTH, lr=7e-4, batch_size=32),
+    "cropped, lr 7e-4, logit scale x10, batches of 32, two views": replace(
+        FOURTH, lr=7e-4, batch_size=32, image_image_weight=0.5, view=TWO_VIEWS
     ),
 }
 PEER = peer(1e-3)
