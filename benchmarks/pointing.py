@@ -110,9 +110,13 @@ def report_occlusion(name: str, model: ContrastiveModel, questions: Sequence[Que
         texts = [question.text for question in questions[first : first + per_picture]]
         maps += occlusion_maps(model.eval(), questions[first].picture, texts, window, window // 2)
     report(f"{name}, occlusion", maps, questions, per_picture)
-    pairs = zip(maps, model_maps(model, questions), strict=True)
-    alike = np.array([np.corrcoef(one.ravel(), other.ravel())[0, 1] for one, other in pairs])
+    alike = np.array([_correlation(*pair) for pair in zip(maps, model_maps(model, questions), strict=True)])
     print(f"{name}, correlation with occlusion: {interval(alike.reshape(-1, per_picture).mean(axis=1))}", flush=True)
+
+
+def _correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Of two maps; 0 where one is the same everywhere, as occlusion's is of a text that no place supports."""
+    return np.corrcoef(one.ravel(), other.ravel())[0, 1] if one.std() and other.std() else 0.0
 
 
 def main() -> None:
