@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
@@ -55,10 +56,19 @@ def read_weights(path: Path, *, torchscript: bool = False) -> dict[str, Tensor]:
             return read_torchscript(path)
         return open_clip.factory.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen types for a file that is not theirs
+        # torch's own words go on for lines, and advise to open the file all the same.
+        why = (
+            "no weights, or a pickle of more than tensors" if isinstance(error, UnpicklingError) else first_line(error)
+        )
         raise UserError(
-            f"{path} cannot be read as weights ({type(error).__name__}: {error}); "
+            f"{path} cannot be read as weights ({why}); "
             "give a .safetensors file, or a .pt / .bin file that holds tensors only"
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Of what it says, or else its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
@@ -139,8 +149,7 @@ def hub_access(needed: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (OSError, HFValidationError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{needed} could not be fetched from {host} ({first_line}); {remedy}") from error
+        raise UserError(f"{needed} could not be fetched from {host} ({first_line(error)}); {remedy}") from error
     finally:
         constants.HF_HUB_OFFLINE = was_offline
 
