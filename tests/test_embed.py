@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import quiltnet
+from quiltnet.cli import shard_progress
 from quiltnet.cli.embed import embed
 from quiltnet.cli.embed_sources import find_embed_images
 from quiltnet.data.held_out import ShardPairs
@@ -70,6 +71,13 @@ def test_features_of_a_folder(tmp_path, tiny_folder, pictures):
     assert json.loads(metadata["preprocess_cfg"]) == model.describe()["preprocess_cfg"]
     assert metadata["quiltnet"] == quiltnet.__version__
     assert [file.name for file in out.parent.iterdir()] == [out.name], "nothing else is left there"
+
+
+def test_a_log_is_told_how_far_it_is(tmp_path, tiny_folder, pictures, monkeypatch, capsys):
+    monkeypatch.setattr(shard_progress, "LINE_EVERY_S", 0)
+    embed(tiny_folder, str(pictures), tmp_path / "features.safetensors", batch_size=2)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["encoding: 2 of 3", "encoding: 3 of 3"]
 
 
 def test_features_before_the_projection(tmp_path, tiny_folder, pictures):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ import typer
 
 import quiltnet
 from quiltnet.cli.check import print_line
+from quiltnet.cli.shard_progress import watch_progress
 from quiltnet.errors import UserError
 from quiltnet.whole_files import as_any_file
 
@@ -65,13 +67,36 @@ def embed(
     if len(ids) > IDS_LIMIT:
         raise UserError(f"the names of {len(samples):,} images do not fit into one file; embed them in parts")
     loaded = load_model(model).to(accelerator.device)
-    with evaluation_mode(loaded):
-        encoder = SetEncoder(loaded, FeatureCache(cache) if cache else None)
+    with evaluation_mode(loaded), _progress(len(samples), batch_size) as advance:
+        encoder = SetEncoder(loaded, FeatureCache(cache) if cache else None, between=advance)
         features = encoder.images(samples, batch_size=batch_size, workers=workers, projected=not before_projection)
     if is_main():
         facts = {"model": model, "data": data, "data_sha256": samples.sha256(), "projected": not before_projection}
         _write(out, features, {"ids": ids, **_metadata(loaded, facts)})
         print_line(f"{len(features):,} images, {features.shape[1]} features each: {out}")
+
+
+@contextmanager
+def _progress(total: int, batch_size: int) -> Iterator[Callable[[], None]]:
+    """What is called after each batch of all ranks, and told on standard error by the first."""
+    from quiltnet.distributed import is_main, world_size
+
+    if not is_main():
+        yield lambda: None
+        return
+    shown, left = watch_progress(), total
+
+    def advance() -> None:
+        nonlocal left
+        done = min(left, batch_size * world_size())
+        left -= done
+        shown.advance(done)
+
+    shown.stage("encoding", total)
+    try:
+        yield advance
+    finally:
+        shown.close()
 
 
 def _metadata(model: ContrastiveModel, facts: Mapping[str, Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How far packing and preparing have come: a bar on a terminal, a line every ten seconds in a log, a word on Ctrl-C."""
+"""How far packing, preparing and embedding are: a bar on a terminal, a line every ten seconds in a log; Ctrl-C."""
 
 from __future__ import annotations
 
