@@ -7,7 +7,6 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
@@ -56,10 +55,9 @@ def read_weights(path: Path, *, torchscript: bool = False) -> dict[str, Tensor]:
             return read_torchscript(path)
         return open_clip.factory.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen types for a file that is not theirs
-        # torch's own words go on for lines, and advise to open the file all the same.
-        why = (
-            "no weights, or a pickle of more than tensors" if isinstance(error, UnpicklingError) else first_line(error)
-        )
+        # torch's own words of a pickle go on for lines, and advise to open it all the same.
+        is_pickle = type(error).__name__ == "UnpicklingError"
+        why = "no weights, or a pickle of more than tensors" if is_pickle else first_line(error)
         raise UserError(
             f"{path} cannot be read as weights ({why}); "
             "give a .safetensors file, or a .pt / .bin file that holds tensors only"
