@@ -112,11 +112,15 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # one that is being written has no end yet
     try:
-        return [json.loads(line) for line in lines if line]
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # one that is being written has no end yet
+        rows = [json.loads(line) for line in lines if line]
     except ValueError as error:
         raise _damaged(path, error) from error
+    for row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("samples_seen"), int):
+            raise _damaged(path, f"a line without samples_seen: {json.dumps(row)[:80]}")
+    return rows
 
 
 def _damaged(path: Path, why: object) -> UserError:

@@ -169,6 +169,14 @@ def test_what_is_no_run_is_refused_in_one_sentence(tmp_path):
         read_subjects([run])
 
 
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"null", b"[]", b"{}", b'{"samples_seen": "x"}', b"{"])
+def test_a_damaged_line_of_the_log_is_said(tmp_path, line):
+    run = write_run(tmp_path / "demo")
+    (run / "metrics.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read .*`quiltnet check run"):
+        read_subjects([run])
+
+
 def test_the_page_goes_into_the_run_and_replaces_only_itself(tmp_path):
     run = write_run(tmp_path / "demo")
     for _ in range(2):  # its own page is written anew
