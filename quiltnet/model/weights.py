@@ -6,6 +6,7 @@ import importlib.util
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import getproxies
@@ -146,8 +147,10 @@ def hub_access(needed: str, remedy: str) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = not _resolves(host)
     try:
         yield
-    except (OSError, HFValidationError) as error:
-        raise UserError(f"{needed} could not be fetched from {host} ({first_line(error)}); {remedy}") from error
+    except (OSError, HFValidationError, JSONDecodeError) as error:
+        is_no_hub = isinstance(error, JSONDecodeError)
+        why = "it answers as no hub does; is HF_ENDPOINT right?" if is_no_hub else first_line(error)
+        raise UserError(f"{needed} could not be fetched from {host} ({why}); {remedy}") from error
     finally:
         constants.HF_HUB_OFFLINE = was_offline
 

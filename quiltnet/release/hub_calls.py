@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from json import JSONDecodeError
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -77,6 +78,8 @@ class HubCalls:
             )
         if status == 404:
             return f"{host} has no {self._repository}, or not the revision that was named ({said}). {kept}"
+        if isinstance(cause, JSONDecodeError):
+            return f"{host} answers as no hub does, with something else than JSON; is HF_ENDPOINT right? {kept}"
         told = dict.fromkeys(" ".join(str(link).split()) or type(link).__name__ for link in (error, cause))
         return (
             f"the push to {self._repository} at {host} did not end ({redact('; '.join(told))[:400]}). {kept} To "
@@ -86,7 +89,8 @@ class HubCalls:
 
 def _cause(error: BaseException) -> BaseException | None:
     """What went wrong between here and the hub, in the chain of ``error``; None for a mistake of this program's."""
-    found = next((link for link in _chain(error) if isinstance(link, (_HTTP_ERROR, ConnectionError))), None)
+    links = (_HTTP_ERROR, ConnectionError, JSONDecodeError)
+    found = next((link for link in _chain(error) if isinstance(link, links)), None)
     return found or (error if isinstance(error, (OSError, RuntimeError)) else None)  # a file, or Xet
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from ast import literal_eval
 from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,6 +186,38 @@ def test_a_hub_that_stays_busy_ends_the_push_in_words(hub, folder, waits):
     with pytest.raises(UserError, match=r"did not end.*429.*To continue, give the same command"):
         push_folder(folder, REPOSITORY)
     assert waits == [7, 7, 7]
+
+
+class PageOnly(BaseHTTPRequestHandler):
+    """A web site that answers everything with its front page."""
+
+    def do_GET(self) -> None:
+        page = b"<html>welcome</html>"
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(page)
+
+    do_POST = do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Nothing is logged."""
+
+
+def test_a_site_that_is_no_hub_is_said(folder, monkeypatch, tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), PageOnly) as site:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        turn_to(SimpleNamespace(url=f"http://127.0.0.1:{site.server_port}"), monkeypatch, tmp_path / "cache")
+        try:
+            with pytest.raises(UserError, match=r"answers as no hub does.*is HF_ENDPOINT right\? The export in"):
+                push_folder(folder, REPOSITORY)
+            with pytest.raises(UserError, match="it answers as no hub does; is HF_ENDPOINT right"):
+                quiltnet.load(f"hub:{REPOSITORY}")
+        finally:
+            close_session()
+            site.shutdown()
 
 
 def test_a_cut_connection_continues_where_it_broke(hub, folder, waits):
