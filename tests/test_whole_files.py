@@ -8,7 +8,7 @@ import os
 import pytest
 
 from quiltnet.cli.door import message_for_user
-from quiltnet.whole_files import as_any_file, write_whole
+from quiltnet.whole_files import as_any_file, whole_file, write_whole
 
 
 def test_a_file_is_as_it_was_until_the_new_one_is_whole(tmp_path, monkeypatch):
@@ -25,6 +25,17 @@ def test_a_file_is_as_it_was_until_the_new_one_is_whole(tmp_path, monkeypatch):
     assert path.read_text() == "one\n"
     write_whole(path, "\udcff\n")  # of a file's name that is not Unicode
     assert path.read_text() == "\\udcff\n" and [file.name for file in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_a_file_that_a_library_writes_is_there_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "figure.png"
+    with whole_file(path) as unfinished:
+        assert unfinished.suffix == ".png" and not path.exists()
+        unfinished.write_text("one")
+    with pytest.raises(ZeroDivisionError), whole_file(path) as unfinished:
+        unfinished.write_text("two")
+        raise ZeroDivisionError
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])

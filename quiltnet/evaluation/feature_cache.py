@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quiltnet.whole_files import as_any_file
+from quiltnet.whole_files import as_any_file, whole_file
 
 
 class FeatureCache:
@@ -36,12 +35,11 @@ class FeatureCache:
     def save(self, key: str, features: Tensor, rest: list[Any]) -> None:
         """The file appears under its name when it is whole. ``rest``: JSON types, or tuples of them."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.folder / f".{key}.{os.getpid()}"
         # As bytes and not as metadata, of which safetensors takes no more than 100 MB.
         text = torch.frombuffer(bytearray(json.dumps(rest).encode()), dtype=torch.uint8)
-        save_file({"features": features.contiguous(), "rest": text}, unfinished)
-        as_any_file(unfinished)
-        unfinished.rename(self._file(key))
+        with whole_file(self._file(key)) as unfinished:
+            save_file({"features": features.contiguous(), "rest": text}, unfinished)
+            as_any_file(unfinished)
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

@@ -6,7 +6,6 @@ importance, the image, its relevance map laid over it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,6 +14,7 @@ import numpy as np
 
 from quiltnet.errors import UserError
 from quiltnet.release.explaining import Explanation, jet, overlay
+from quiltnet.whole_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,12 +115,8 @@ def _draw_picture(canvas: Axes, picture: Image.Image, left: float, top: float) -
 def save_figure(figure: Figure, out: Path) -> None:
     """Write ``out`` in the format of its ending; it appears under its name when it is whole."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{os.getpid()}-{out.name}")
-    try:
+    with whole_file(out) as unfinished:
         figure.savefig(unfinished, dpi=DOTS_PER_INCH)
-        unfinished.replace(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _draw_legend(canvas: Axes) -> None:

@@ -16,7 +16,7 @@ from quiltnet.model.timm_folder import FOLDER_NAME as TIMM_FOLDER
 from quiltnet.model.timm_folder import LOCAL_PREFIX
 from quiltnet.release.comparison import LIMIT, Comparison, Reference
 from quiltnet.release.tokenizer_files import write_tokenizer
-from quiltnet.whole_files import as_any_file
+from quiltnet.whole_files import as_any_file, write_whole
 
 LIBRARY = "open_clip"
 
@@ -51,9 +51,7 @@ def name_repository(folder: Path, repository: str) -> None:
             text_cfg[key] = repository
     if str(vision_cfg.get("timm_model_name")).startswith(LOCAL_PREFIX):
         vision_cfg["timm_model_name"] = f"{LOCAL_PREFIX}{TIMM_FOLDER}"
-    written = config.with_suffix(".unfinished")
-    written.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    written.replace(config)
+    write_whole(config, json.dumps(content, indent=2) + "\n")
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ The page is whole in itself: no script, and nothing is loaded from anywhere, whi
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import quiltnet
 from quiltnet.errors import UserError
 from quiltnet.release import report_bars, report_curves, report_facts, report_robustness, report_scores
 from quiltnet.release.report_subjects import Subject
+from quiltnet.whole_files import whole_file
 
 if TYPE_CHECKING:
     from quiltnet.release.report_samples import Samples
@@ -83,12 +83,8 @@ def is_report(path: Path) -> bool:
 def write_report(page: str, out: Path) -> None:
     """The file appears under its name when it is whole."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    with whole_file(out) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
-        unfinished.replace(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def number(value: float | None) -> str:
