@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "model.tokenizer_config": set(),
     "model.tower_blocks": set(),
     "model.changes": {"model.contrastive", "model.image_size"},
-    "model.image_size": set(),
+    "model.image_size": {"model.weights"},
     "model.published_layouts": {"model.contrastive"},
     "model.timm_folder": {"model.weights"},
     "model.torchscript": set(),
@@ -202,7 +202,7 @@ ALLOWED: dict[str, set[str]] = {
         "training.optim", "training.placement", "training.precision", "training.random_state", "training.stage",
         "training.stopping"
     },
-    "training.early_stopping": {"distributed", "training.callbacks", "training.engine"},
+    "training.early_stopping": {"distributed", "training.callbacks", "training.engine", "training.loggers"},
     "training.finite_check": {"distributed", "training.engine", "training.loggers"},
     "training.flops": set(),
     "training.full_state": {"distributed"},
@@ -324,7 +324,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "release.report_bars": {"release.report_subjects", "training.averaging"},
     "release.report_curves": {"evaluation.comparison", "release.report_scores", "release.report_subjects"},
-    "release.report_facts": {"redaction", "release.report_subjects"},
+    "release.report_facts": {"redaction", "release.report_subjects", "release.run_files"},
     "release.report_robustness": {"release.report_curves", "release.report_subjects"},
     "release.report_samples": {
         "evaluation.features", "evaluation.gallery", "evaluation.measuring", "model.contrastive", "release.explaining"

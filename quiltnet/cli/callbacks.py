@@ -87,6 +87,5 @@ def make_callbacks(
 
 
 def _early_stopping(cfg: DictConfig, parts: Parts, run: RunDirectory, evaluate: Evaluate) -> EarlyStopping:
-    metric = parts.monitor.rpartition("/")[2]
-    options = cfg.callbacks.early_stopping
-    return EarlyStopping(evaluate, run.metrics, parts.monitor, lower_is_better=lower_is_better(metric), **options)
+    options, is_lower = cfg.callbacks.early_stopping, lower_is_better(parts.monitor)
+    return EarlyStopping(evaluate, run.metrics, parts.monitor, lower_is_better=is_lower, **options)

@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from quiltnet.cli.run_directory import RunDirectory
 from quiltnet.cli.tables import print_table
-from quiltnet.errors import UserError
+from quiltnet.errors import UserError, first_line
 from quiltnet.release.hub import load_model
 from quiltnet.release.run_files import CONFIG_NAME, ENVIRONMENT_NAME
 from quiltnet.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
@@ -88,7 +88,7 @@ def _look_at_config(run: RunDirectory) -> str:
     except FileNotFoundError as error:
         raise _Wrong(f"{path} is missing") from error
     except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-        raise _Wrong(f"{path} does not resolve: {str(error).splitlines()[0]}") from error
+        raise _Wrong(f"{path} does not resolve: {first_line(error)}") from error
     if not OmegaConf.is_dict(config):
         raise _Wrong(f"{path} holds no keys")
     missing = [key for key in REQUIRED_KEYS if OmegaConf.select(config, key) is None]

@@ -31,7 +31,7 @@ def plan_clock(cfg: DictConfig, samples_per_epoch: int) -> Clock:
     wanted = cfg.total_samples if cfg.total_samples is not None else cfg.epochs * samples_per_epoch
     if not wanted > 0:
         raise UserError(f"the run would see {wanted} samples; give a positive number of epochs or total_samples")
-    total_samples = math.ceil(wanted / cfg.global_batch_size) * cfg.global_batch_size
+    total_samples = whole_batches(wanted, cfg.global_batch_size)
     warmup_samples = cfg.schedule.get("warmup_samples")
     callbacks = cfg.callbacks
     return Clock(
@@ -41,3 +41,8 @@ def plan_clock(cfg: DictConfig, samples_per_epoch: int) -> Clock:
         evaluate_every_samples=callbacks.evaluate_every_samples,
         checkpoint_every_samples=callbacks.checkpoint_every_samples or samples_per_epoch,
     )
+
+
+def whole_batches(samples: float, global_batch_size: int) -> int:
+    """``samples``, rounded up."""
+    return math.ceil(samples / global_batch_size) * global_batch_size

@@ -150,8 +150,7 @@ def _nearest_options(name: str, cfg: Any) -> list[str]:
 
     from quiltnet.cli.options import option_names
 
-    content = OmegaConf.to_container(cfg)
-    options = [option for key, value in content.items() if key != "hydra" for option in option_names(value, key)]
+    options = [option for option in option_names(OmegaConf.to_container(cfg)) if not option.startswith("hydra.")]
     last = name.rpartition(".")[2]
     same = [option for option in options if option.rpartition(".")[2] == last]
     return same[:3] or difflib.get_close_matches(name, options, n=3)

@@ -6,7 +6,6 @@ The wings are imported where they are used: ``quiltnet --help`` must not wait fo
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ import quiltnet
 from quiltnet.cli.check import print_line
 from quiltnet.cli.shard_progress import watch_progress
 from quiltnet.errors import UserError
-from quiltnet.whole_files import as_any_file
+from quiltnet.whole_files import as_any_file, whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +52,7 @@ def embed(
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out} will be a safetensors file; let its name end in .safetensors")
     from quiltnet.cli.embed_sources import find_embed_images
+    from quiltnet.cli.run_directory import check_out_file
     from quiltnet.distributed import is_main, on_main
     from quiltnet.evaluation.feature_cache import FeatureCache
     from quiltnet.evaluation.features import SetEncoder
@@ -61,7 +61,7 @@ def embed(
     from quiltnet.training.precision import build_accelerator
 
     accelerator = build_accelerator()
-    on_main(lambda: _check_out(out, overwrite))
+    on_main(lambda: check_out_file(out, overwrite=overwrite))
     samples = find_embed_images(data, image_column, images)
     ids = json.dumps(list(samples.ids))
     if len(ids) > IDS_LIMIT:
@@ -105,23 +105,11 @@ def _metadata(model: ContrastiveModel, facts: Mapping[str, Any]) -> dict[str, st
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in described.items()}
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    from quiltnet.cli.run_directory import check_writable
-
-    if out.exists() and not (overwrite and out.is_file()):
-        raise UserError(f"{out} exists already; give another --out, or say --overwrite to replace a file")
-    check_writable(out)
-
-
 def _write(out: Path, features: Tensor, metadata: Mapping[str, str]) -> None:
     """The file appears under its name when it is whole."""
     from safetensors.torch import save_file
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    with whole_file(out) as unfinished:
         save_file({"features": features.contiguous()}, unfinished, metadata=dict(metadata))
         as_any_file(unfinished)
-        unfinished.replace(out)
-    finally:
-        unfinished.unlink(missing_ok=True)

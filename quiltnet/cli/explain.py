@@ -54,7 +54,7 @@ def explain(
 
 def _check(images: Sequence[Path], texts: Sequence[str], out: Path, overwrite: bool) -> None:
     """What can be known before torch is imported."""
-    from quiltnet.cli.run_directory import check_writable
+    from quiltnet.cli.run_directory import check_out_file
 
     if len(images) != len(texts):
         raise UserError(
@@ -68,9 +68,7 @@ def _check(images: Sequence[Path], texts: Sequence[str], out: Path, overwrite: b
         raise UserError(f"--image {missing} is no file; give the path of an image")
     if out.suffix.lower() not in ENDINGS:
         raise UserError(f"--out {out} will be a figure; let its name end in one of {', '.join(ENDINGS)}")
-    if out.exists() and not (overwrite and out.is_file()):
-        raise UserError(f"{out} exists already; give another --out, or say --overwrite to replace a file")
-    check_writable(out)
+    check_out_file(out, overwrite=overwrite)
 
 
 def _read(file: Path) -> Image.Image:

@@ -65,7 +65,7 @@ class Goal:
     splits: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        if len({_is_lower_better(metric) for metric in self.metrics}) > 1:
+        if len({lower_is_better(metric) for metric in self.metrics}) > 1:
             raise UserError(
                 f"of {self.target} and {self.general} one gets better as it rises and one as it falls, so that their "
                 "mean says nothing; name two of a kind"
@@ -91,7 +91,7 @@ class Goal:
 
     def value(self, merged: Merged) -> float:
         """Higher is better, whatever the metrics are."""
-        return -self.mean(merged) if _is_lower_better(self.target) else self.mean(merged)
+        return -self.mean(merged) if lower_is_better(self.target) else self.mean(merged)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,3 @@ def _cell(merged: Merged, metric: str) -> str:
         return "-"
     interval = "({:.3f} to {:.3f})".format(*merged.intervals[metric]) if metric in merged.intervals else ""
     return f"{merged.scores[metric]:.4f} {interval}".strip()
-
-
-def _is_lower_better(metric: str) -> bool:
-    return lower_is_better(metric.partition("/")[2])

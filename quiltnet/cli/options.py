@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -205,7 +205,7 @@ def _check_names(cfg: DictConfig) -> None:
         if name in cfg and cfg[name] is not None:
             raise UserError(f"{name}={cfg[name]}: the file must begin with the line `# @package _global_`")
     for group in ("data", "callbacks", "objective", "averaging"):
-        for name in option_names(OmegaConf.to_container(cfg[group]), group):
+        for name in option_names(OmegaConf.to_container(cfg[group]), group, whole=CHECKED_ELSEWHERE):
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0)
                 raise UserError(f"{name} is not an option; the nearest is {near[0]}")
@@ -216,10 +216,10 @@ def _check_names(cfg: DictConfig) -> None:
             raise UserError(f"{name} is not an option; did you mean {near[0]}?")
 
 
-def option_names(node: Any, name: str) -> Iterator[str]:
-    """Dotted names of all options below a node."""
-    if not isinstance(node, dict) or name in CHECKED_ELSEWHERE:
+def option_names(node: Any, name: str = "", *, whole: Collection[str] = ()) -> Iterator[str]:
+    """Dotted names of all options below a node, which has that name itself; ``whole`` are not looked into."""
+    if not isinstance(node, dict) or name in whole:
         yield name
         return
     for key, inner in node.items():
-        yield from option_names(inner, f"{name}.{key}")
+        yield from option_names(inner, f"{name}.{key}" if name else str(key), whole=whole)

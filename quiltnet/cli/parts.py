@@ -17,12 +17,11 @@ from quiltnet.cli.objective import make_objective
 from quiltnet.cli.options import check_options, check_run_name
 from quiltnet.cli.plan import run_plan
 from quiltnet.cli.saving import check_saving
-from quiltnet.cli.sweep import monitored, refuse_search
+from quiltnet.cli.sweep import check_monitor, monitored, refuse_search
 from quiltnet.cli.targets import check_targets
 from quiltnet.cli.train_data import open_loader
 from quiltnet.data.reading import PairLoader
 from quiltnet.distributed import world_size
-from quiltnet.errors import UserError
 from quiltnet.evaluation.measuring import Evaluator
 from quiltnet.model.adapters import apply_tuning, waiting
 from quiltnet.model.contrastive import ContrastiveModel
@@ -141,9 +140,8 @@ def _averaging(cfg: DictConfig, placement: Placement) -> Averaging | None:
 
 def _check_monitor(cfg: DictConfig) -> str | None:
     monitor = monitored(cfg)
-    if monitor is not None and evaluator_of(monitor) not in cfg.evaluator:
-        known = ", ".join(cfg.evaluator) or "none"
-        raise UserError(f"monitor={monitor} must be evaluator/metric of one of the run's evaluators ({known})")
+    if monitor is not None:
+        check_monitor(monitor, cfg)
     return monitor
 
 

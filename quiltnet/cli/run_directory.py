@@ -22,7 +22,14 @@ from omegaconf import OmegaConf
 from quiltnet.errors import UserError
 from quiltnet.redaction import redact_command, redact_config
 from quiltnet.release.hub import CHECKPOINTS_FOLDER, DESCRIPTION_FOLDER
-from quiltnet.release.run_files import CONFIG_NAME, ENVIRONMENT_NAME, METRICS_NAME, QUARANTINE_NAME, RESULTS_NAME
+from quiltnet.release.run_files import (
+    CONFIG_NAME,
+    ENVIRONMENT_NAME,
+    METRICS_NAME,
+    QUARANTINE_NAME,
+    RESULTS_NAME,
+    flattened,
+)
 from quiltnet.training.checkpoint import (
     check_checkpoint,
     list_checkpoints,
@@ -113,6 +120,13 @@ def check_run_directory(
         f"{path} holds an earlier run; continue it with resume=auto, replace it with overwrite=true, "
         "or choose another run_name"
     )
+
+
+def check_out_file(out: Path, *, overwrite: bool) -> None:
+    """Raises UserError where a file cannot be written, or would replace another unasked."""
+    if out.exists() and not (overwrite and out.is_file()):
+        raise UserError(f"{out} exists already; give another --out, or say --overwrite to replace a file")
+    check_writable(out)
 
 
 def check_writable(path: Path) -> None:
@@ -248,9 +262,9 @@ def _compare_with(run: Path, config: Mapping[str, Any], data: Mapping[str, Any],
 
 
 def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
-    flat = _flatten({key: value for key, value in redact_config(config).items() if key not in _MAY_CHANGE})
+    flat = flattened({key: value for key, value in redact_config(config).items() if key not in _MAY_CHANGE})
     # Another number of loader processes gives the same stream.
-    return {key: value for key, value in flat.items() if not key.endswith(".workers")}
+    return {key: value for key, value in flat.items() if value != {} and not key.endswith(".workers")}
 
 
 def _compare_data(run: Path, given: dict[str, Any], allow_changes: bool) -> None:
@@ -267,12 +281,3 @@ def _compare_data(run: Path, given: dict[str, Any], allow_changes: bool) -> None
             f"{now_loaders} now: some samples of this epoch will come twice and others not at all",
             file=sys.stderr,
         )
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat.update(_flatten(inner, f"{prefix}.{key}" if prefix else str(key)))
-    return flat

@@ -42,7 +42,7 @@ def make_saving(
         Retention(options.keep_checkpoints, options.keep_best, options.keep_every_samples),
         evaluate=evaluate,
         monitor=monitor,
-        lower_is_better=monitor is not None and lower_is_better(monitor.rpartition("/")[2]),
+        lower_is_better=monitor is not None and lower_is_better(monitor),
         on_failure=options.on_save_failure,
         copies=_start_copies(cfg, run),
     )

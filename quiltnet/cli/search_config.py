@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
+from quiltnet.cli.clock import whole_batches
 from quiltnet.cli.hydra_main import CONF_MODULE
 from quiltnet.cli.search_plan import DIRECTIONS, PRUNERS, SAMPLERS, SearchPlan
 from quiltnet.cli.search_space import Parameter, as_text, parse_space
-from quiltnet.cli.sweep import monitored
+from quiltnet.cli.sweep import check_monitor, monitored
 from quiltnet.errors import UserError
 
 # Options of the search itself, which a trial does not know.
@@ -174,46 +174,34 @@ def _check_space(space: dict[str, Parameter], shared: Sequence[str], trial: Dict
 
 
 def _check_key(name: str, trial: DictConfig) -> None:
+    from quiltnet.cli.options import option_names
+
     groups = compose("train", [], return_hydra_config=True).hydra.runtime.choices
-    known = {*_names(trial), *(group for group in groups if not group.startswith("hydra/"))}
+    known = {group for group in groups if not group.startswith("hydra/")}
+    known.update(option_names(OmegaConf.to_container(trial)))
     if name not in known or name in _PLACE:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0)
         raise UserError(f"search.{name}: a run has no option {name}; the nearest are {', '.join(near)}")
 
 
-def _names(node: DictConfig, above: str = "") -> Iterator[str]:
-    """Dotted names of all options."""
-    for key in node:
-        name = f"{above}.{key}" if above else str(key)
-        inner = None if OmegaConf.is_missing(node, key) else node._get_node(key)
-        if isinstance(inner, DictConfig) and not inner._is_none() and not inner._is_interpolation():
-            yield from _names(inner, name)
-        else:
-            yield name
-
-
 def _checked_monitor(trial: DictConfig) -> str:
-    from quiltnet.training.averaging import evaluator_of
-
     monitor = monitored(trial)
-    known = ", ".join(trial.evaluator) or "none"
     if monitor is None:
+        known = ", ".join(trial.evaluator) or "none"
         raise UserError(
             f"a sweep needs a number to go by: evaluator=[val_pairs], or monitor=evaluator/metric of the run's "
             f"evaluators ({known})"
         )
-    if evaluator_of(monitor) not in trial.evaluator or "/" not in monitor:
-        raise UserError(f"monitor={monitor} must be evaluator/metric of one of the run's evaluators ({known})")
+    check_monitor(monitor, trial)
     return monitor
 
 
 def _direction_of(monitor: str) -> str:
     from quiltnet.evaluation.comparison import lower_is_better
 
-    return DIRECTIONS[0] if lower_is_better(monitor.partition("/")[2]) else DIRECTIONS[1]
+    return DIRECTIONS[0] if lower_is_better(monitor) else DIRECTIONS[1]
 
 
 def _total_samples(trial: DictConfig) -> int | None:
-    """Rounded up to whole batches, as a run does it."""
     total: Any = trial.total_samples
-    return None if total is None else math.ceil(total / trial.global_batch_size) * trial.global_batch_size
+    return None if total is None else whole_batches(total, trial.global_batch_size)

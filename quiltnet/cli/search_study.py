@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from quiltnet.cli.search_plan import SearchPlan
 from quiltnet.cli.search_space import Value
-from quiltnet.errors import UserError
+from quiltnet.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -239,7 +239,7 @@ def _make_pruner(plan: SearchPlan) -> Any:
 def _remedy(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).splitlines()[0]
+    text = first_line(error)
     if isinstance(error, ImportError):
         return f"{text}: install the database's driver, for postgresql:// pip install 'psycopg[binary]'"
     if "locked" in text:

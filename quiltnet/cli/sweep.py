@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from quiltnet.cli.tables import print_trials
-from quiltnet.errors import UserError
+from quiltnet.errors import UserError, first_line
 from quiltnet.redaction import redact, redact_command
 
 DEFAULT_MONITOR = "val_pairs/loss"
@@ -55,6 +55,15 @@ def become_ranks() -> None:
 def monitored(cfg: DictConfig) -> str | None:
     """The metric that trials are compared by: ``monitor``, or the held-out loss where it is measured."""
     return cfg.monitor or (DEFAULT_MONITOR if "val_pairs" in cfg.evaluator else None)
+
+
+def check_monitor(monitor: str, cfg: DictConfig) -> None:
+    """Raises UserError where it is no metric of the run's evaluators, as far as their names tell."""
+    from quiltnet.training.averaging import evaluator_of
+
+    if evaluator_of(monitor) not in cfg.evaluator or "/" not in monitor:
+        known = ", ".join(cfg.evaluator) or "none"
+        raise UserError(f"monitor={monitor} must be evaluator/metric of one of the run's evaluators ({known})")
 
 
 class SweepStart(Callback):
@@ -111,4 +120,4 @@ def _cause(error: BaseException) -> str:
     """First line of what a constructor raised, below Hydra's wrapping."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)

@@ -23,8 +23,12 @@ MISSING = "-"
 
 
 def lower_is_better(metric: str) -> bool:
-    """Of ``median_rank``, losses, errors of calibration and drops; of every other metric higher is better."""
-    return metric.partition("@")[0].split("_")[-1] in _LESS_IS_BETTER
+    """Of ``median_rank``, losses, errors of calibration and drops; of every other metric higher is better.
+
+    Args:
+        metric: its name, or ``evaluator/metric``.
+    """
+    return metric.rpartition("/")[2].partition("@")[0].split("_")[-1] in _LESS_IS_BETTER
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table, to_2t
 from torch import Tensor, nn
 
 from quiltnet.errors import UserError
+from quiltnet.model.weights import REFUSALS
 
 log = logging.getLogger(__name__)
 
@@ -56,15 +57,7 @@ def fit_image_size(visual: TimmModel, image_size: int | tuple[int, int], *, is_p
             visual.set_input_size(sides)
         if before is None or not hasattr(visual.trunk, "set_input_size"):
             _see_one_image(visual, sides)
-    except (
-        AssertionError,
-        AttributeError,
-        LookupError,
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except REFUSALS as error:
         if built_size == tuple(sides):
             raise UserError(f"open_clip has no use for this timm tower ({error}); choose another") from error
         raise UserError(

@@ -16,10 +16,13 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
-from quiltnet.errors import UserError
+from quiltnet.errors import UserError, first_line
 from quiltnet.model.torchscript import is_torchscript, read_torchscript
 
 PACKAGE_PREFIX = "package:"
+
+# By which open_clip, timm and transformers refuse what they cannot build.
+REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def resolve_path(location: str) -> Path:
@@ -65,31 +68,18 @@ def read_weights(path: Path, *, torchscript: bool = False) -> dict[str, Tensor]:
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    """Of what it says, or else its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 @contextmanager
 def described_by(place: Path) -> Iterator[None]:
     """Around whatever is built as a file or folder of others describes it, which may describe nothing at all.
 
     Raises:
-        UserError: in place of the dozen types by which open_clip, timm and transformers refuse a description.
+        UserError: in place of one of ``REFUSALS``.
     """
     try:
         yield
     except UserError:
         raise
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except REFUSALS as error:
         words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
             f"{place} does not describe a model that can be built ({words}); get it anew, or mend what it says"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quiltnet.release.run_files import RunFiles
+from quiltnet.release.run_files import RunFiles, by_metric, is_number
 from quiltnet.training.averaging import AVERAGE_SUFFIX
 
 _METRIC = re.compile(r"[a-z0-9_]+(@\d+(-shot)?)?")  # recall@5 and accuracy@4-shot, but no corruption of either
@@ -37,14 +36,15 @@ def find_scores(run: RunFiles, samples_seen: int, *, averaged: bool) -> list[Sco
     """
     results = run.results
     start, found = results.get("start", {}), []
-    intervals = _intervals(results) if samples_seen == results.get("samples_seen") else {}
+    is_newest = samples_seen == results.get("samples_seen")
+    intervals = by_metric(results.get("outcomes", {}), "intervals") if is_newest else {}
     best = results.get("best") or {}
     # The changes are those of the best checkpoint, where the run had one, and else of the last weights.
     of_changes = best.get("samples_seen", results.get("samples_seen"))
     changes = results.get("changes", {}) if samples_seen == of_changes else {}
     for full_name, value in _values(run, samples_seen).items():
         name, _, metric = full_name.rpartition("/")
-        if name.endswith(AVERAGE_SUFFIX) != averaged or not (_METRIC.fullmatch(metric) and _is_finite(value)):
+        if name.endswith(AVERAGE_SUFFIX) != averaged or not (_METRIC.fullmatch(metric) and is_number(value)):
             continue
         evaluator = name.removesuffix(AVERAGE_SUFFIX)
         before = start.get(full_name, start.get(f"{evaluator}/{metric}"))
@@ -58,7 +58,7 @@ def _values(run: RunFiles, samples_seen: int) -> Mapping[str, Any]:
     results = run.results
     best = results.get("best") or {}
     if samples_seen == results.get("samples_seen"):
-        return _outcome_values(results)
+        return by_metric(results.get("outcomes", {}), "scores")
     if samples_seen == best.get("samples_seen"):
         return best["scores"]
     evaluators = results.get("evaluators", {})
@@ -67,23 +67,5 @@ def _values(run: RunFiles, samples_seen: int) -> Mapping[str, Any]:
     return {name: value for name, value in logged.items() if name.partition("/")[0].partition("@")[0] in evaluators}
 
 
-def _outcome_values(results: Mapping[str, Any]) -> dict[str, Any]:
-    outcomes = results.get("outcomes", {})
-    return {f"{name}/{metric}": value for name, of in outcomes.items() for metric, value in of["scores"].items()}
-
-
-def _intervals(results: Mapping[str, Any]) -> dict[str, Any]:
-    outcomes = results.get("outcomes", {})
-    return {
-        f"{name}/{metric}": interval
-        for name, of in outcomes.items()
-        for metric, interval in of.get("intervals", {}).items()
-    }
-
-
 def _finite(numbers: list[Any] | None) -> tuple[Any, ...] | None:
-    return None if numbers is None or not all(map(_is_finite, numbers)) else tuple(numbers)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return None if numbers is None or not all(map(is_number, numbers)) else tuple(numbers)

@@ -10,6 +10,7 @@ from typing import Any
 
 from quiltnet.redaction import HIDDEN, hide_places
 from quiltnet.release.report_subjects import Subject
+from quiltnet.release.run_files import flattened
 
 # Of some two hundred, those that move numbers or speed.
 PACKAGES = (
@@ -104,16 +105,6 @@ def environment_table(subjects: Sequence[Subject]) -> FactTable:
     """Hardware, code and the packages that matter."""
     found = [_environment_facts(subject.environment) for subject in subjects]
     return _table(subjects, {key: [facts.get(key, ABSENT) for facts in found] for key in _keys(found)})
-
-
-def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined with dots; an empty mapping is a value."""
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value} if prefix else {}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat.update(flattened(inner, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
 
 
 def _checkout(git: str) -> tuple[list[str], list[str]]:

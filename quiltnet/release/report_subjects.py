@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +9,16 @@ from typing import Any
 
 from quiltnet.errors import UserError
 from quiltnet.redaction import redact, redact_command, redact_config
-from quiltnet.release.run_files import CONFIG_NAME, METRICS_NAME, RESULTS_NAME, RunFiles, read_json, read_run
+from quiltnet.release.run_files import (
+    CONFIG_NAME,
+    METRICS_NAME,
+    RESULTS_NAME,
+    RunFiles,
+    by_metric,
+    is_number,
+    read_json,
+    read_run,
+)
 from quiltnet.training.averaging import AVERAGE_SUFFIX
 
 Change = tuple[float, float, float]  # value, low, high
@@ -69,12 +77,7 @@ class Subject:
     @property
     def scores(self) -> dict[str, float]:
         """``evaluator/metric`` -> newest value."""
-        return {
-            f"{evaluator}/{metric}": value
-            for evaluator, outcome in self.outcomes.items()
-            for metric, value in outcome.get("scores", {}).items()
-            if is_number(value)
-        }
+        return _finite(by_metric(self.outcomes, "scores"))
 
     @property
     def final(self) -> dict[str, float]:
@@ -112,10 +115,6 @@ def read_subjects(paths: Sequence[str | Path]) -> list[Subject]:
         )
         for number, subject in enumerate(subjects, start=1)
     ]
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _longer_name(subject: Subject, number: int) -> str:
@@ -159,11 +158,7 @@ def _of_evaluation(path: Path, results: Mapping[str, Any]) -> list[Subject]:
     """A subject a model; the first, or what ``baseline`` says, is the start of the others."""
     baseline = results.get("baseline")
     outcomes = results["outcomes"]
-    start = {
-        f"{evaluator}/{metric}": value
-        for evaluator, outcome in outcomes.get(baseline, {}).items()
-        for metric, value in outcome.get("scores", {}).items()
-    }
+    start = by_metric(outcomes.get(baseline, {}), "scores")
     return [
         Subject(
             name=name,

@@ -99,6 +99,26 @@ def add_changes(results: Path, changes: Mapping[str, tuple[float, float, float]]
     write_whole(results, json.dumps(content, indent=2) + "\n")
 
 
+def by_metric(outcomes: Mapping[str, Mapping[str, Any]], part: str) -> dict[str, Any]:
+    """``scores`` or ``intervals`` of a run's outcomes, by ``evaluator/metric``."""
+    found = outcomes.items()
+    return {f"{name}/{metric}": value for name, of in found for metric, value in of.get(part, {}).items()}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined with dots; an empty mapping is a value."""
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value} if prefix else {}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat.update(flattened(inner, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -33,7 +33,7 @@ class RegressionAlarm(Callback):
     Args:
         evaluate: what measures; it comes earlier among the callbacks.
         metrics: ``evaluator/metric``, or ``evaluator@ema/metric`` of the averaged weights.
-        lower_is_better: whether less of a metric (its name without the evaluator's) is better.
+        lower_is_better: whether less of ``evaluator/metric`` is better.
         margin: in the metric's own units: 0.02 is two points of an accuracy, 0.02 nats of a loss.
         stop: end the run at an alarm, but for that of the last evaluation, after which there is nothing to stop.
 
@@ -107,7 +107,7 @@ class RegressionAlarm(Callback):
         """How much worse than at the start; all, where it became NaN; nothing, where it was not measured."""
         if metric not in self.evaluate.last:
             return 0.0
-        sign = -1 if self.lower_is_better(metric.rpartition("/")[2]) else 1
+        sign = -1 if self.lower_is_better(metric) else 1
         decline = sign * (self.evaluate.start[metric] - self.evaluate.last[metric])
         return math.inf if math.isnan(decline) else decline
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from quiltnet.distributed import is_main, on_main
 from quiltnet.errors import UserError
 from quiltnet.training.callbacks import Evaluate
 from quiltnet.training.engine import Callback, Pairs, TrainState
+from quiltnet.training.loggers import logged_lines
 
 log = logging.getLogger(__name__)
 
@@ -105,5 +105,5 @@ def check_early_stopping(patience: int | None, monitor: str | None, evaluate_eve
 
 
 def _logged(metrics: Path, monitor: str) -> list[float]:
-    lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
-    return [math.nan if line[monitor] is None else line[monitor] for line in lines if monitor in line]
+    lines = [line for line in logged_lines(metrics) if monitor in line]
+    return [math.nan if line[monitor] is None else line[monitor] for line in lines]

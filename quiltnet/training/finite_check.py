@@ -15,7 +15,7 @@ from torch import Tensor
 from quiltnet.distributed import all_gather_object, is_main, on_main
 from quiltnet.errors import UserError
 from quiltnet.training.engine import Callback, Pairs, TrainState
-from quiltnet.training.loggers import LoggerGroup, cut_after
+from quiltnet.training.loggers import LoggerGroup, cut_after, logged_lines
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,4 @@ def _write(path: Path, skipped: SkippedStep) -> None:
 
 
 def _samples_seen(path: Path) -> list[int]:
-    """Of each line; none where there is no file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line)["samples_seen"] for line in lines]
+    return [line["samples_seen"] for line in logged_lines(path)]

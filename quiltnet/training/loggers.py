@@ -232,6 +232,11 @@ def only_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if isinstance(value, Real)}
 
 
+def logged_lines(path: Path) -> list[dict[str, Any]]:
+    """Of a JSONL file of this run's own; none where there is no file."""
+    return list(map(json.loads, path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+
+
 def cut_after(path: Path, samples_seen: int) -> None:
     """Drop the lines of a JSONL file that lie after ``samples_seen``, and a last line that was cut off by a kill."""
     if not path.exists():

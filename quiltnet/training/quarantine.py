@@ -12,7 +12,7 @@ from torch import Tensor
 from quiltnet.distributed import all_gather_object, is_main, on_main
 from quiltnet.errors import UserError
 from quiltnet.training.engine import Callback, Pairs, TrainState
-from quiltnet.training.loggers import LoggerGroup, cut_after
+from quiltnet.training.loggers import LoggerGroup, cut_after, logged_lines
 
 # Below this many samples one broken file is no statistic.
 _SAMPLES_BEFORE_JUDGING = 1000
@@ -92,8 +92,4 @@ class Quarantine(Callback):
                 file.write(json.dumps(row) + "\n")
 
     def _recount(self) -> Counter[str]:
-        counts: Counter[str] = Counter()
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                counts[json.loads(line)["reason"]] += 1
-        return counts
+        return Counter(line["reason"] for line in logged_lines(self.path))
