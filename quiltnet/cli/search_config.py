@@ -192,7 +192,7 @@ def _checked_monitor(trial: DictConfig) -> str:
             f"a sweep needs a number to go by: evaluator=[val_pairs], or monitor=evaluator/metric of the run's "
             f"evaluators ({known})"
         )
-    check_monitor(monitor, trial)
+    check_monitor(monitor, trial, names_metric=True)
     return monitor
 
 

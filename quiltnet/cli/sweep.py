@@ -57,11 +57,15 @@ def monitored(cfg: DictConfig) -> str | None:
     return cfg.monitor or (DEFAULT_MONITOR if "val_pairs" in cfg.evaluator else None)
 
 
-def check_monitor(monitor: str, cfg: DictConfig) -> None:
-    """Raises UserError where it is no metric of the run's evaluators, as far as their names tell."""
+def check_monitor(monitor: str, cfg: DictConfig, *, names_metric: bool = False) -> None:
+    """Raises UserError where it is of none of the run's evaluators.
+
+    Args:
+        names_metric: also where it says no metric; a run says later, and better, which there are.
+    """
     from quiltnet.training.averaging import evaluator_of
 
-    if evaluator_of(monitor) not in cfg.evaluator or "/" not in monitor:
+    if evaluator_of(monitor) not in cfg.evaluator or (names_metric and "/" not in monitor):
         known = ", ".join(cfg.evaluator) or "none"
         raise UserError(f"monitor={monitor} must be evaluator/metric of one of the run's evaluators ({known})")
 
